@@ -46,9 +46,9 @@ def digits(seed: int = 0, *, sizes: tuple[int, int, int] = (1000, 197, 600), ima
     from sklearn.datasets import load_digits
 
     check_at_least("image_size", image_size, 1)
-    data = load_digits()
-    x = torch.from_numpy(np.asarray(data.images, dtype=np.float32) / 16.0).unsqueeze(1)
-    y = torch.from_numpy(np.asarray(data.target, dtype=np.int64))
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(np.asarray(pixels, dtype=np.float32) / 16.0).reshape(-1, 1, 8, 8)
+    y = torch.from_numpy(np.asarray(labels, dtype=np.int64))
     if image_size != 8:
         x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", align_corners=False)
     train, valid, test = (Split(x[i], y[i]) for i in stratified_split(y, sizes, seeded(seed, "split")))

@@ -74,8 +74,9 @@ def _task(
         chosen = torch.from_numpy(array[index.numpy()]).float() / 255.0
         return chosen.unsqueeze(1) if chosen.dim() == 3 else chosen.permute(0, 3, 1, 2).contiguous()
 
-    splits = [Split(images(x_train, i), labels[i]) for i in (train, valid)]
-    return Task(name, *splits, Split(images(x_test, test), test_labels[test]), 10, class_names=class_names, seed=seed)
+    first, second = (Split(images(x_train, i), labels[i]) for i in (train, valid))
+    held = Split(images(x_test, test), test_labels[test])
+    return Task(name, first, second, held, 10, class_names=class_names, seed=seed)
 
 
 def _idx_task(name: str, seed: int, data_dir: Path | str | None, sizes: Sizes | None, names: tuple[str, ...]) -> Task:
