@@ -78,7 +78,8 @@ def methods() -> tuple[Method, ...]:
 
 
 def _method(entry: dict[str, Any]) -> Method:
-    return Method(**(entry | {"authors": tuple(entry["authors"]), "offers": tuple(entry["offers"])}))
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return Method(**fields)
 
 
 @cache
