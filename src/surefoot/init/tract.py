@@ -1,0 +1,395 @@
+"""TrAct: the first layer learns as if its activations were what is trained.
+
+A first layer's update depends on the contrast of its inputs: `dz = x dW^T` scales with `|x|^2`. TrAct asks instead for the weights
+that best move the pre-activations along their own gradient. With `z = x W^T + b`, rows `x [N, n]` and `g = dL/dz [N, m]`,
+
+    min_dW |x dW^T + eta g|^2 + N lam |dW|^2      =>      grad_W := g^T x (x^T x / N + lam I)^-1        (n side)
+                                                                  = g^T (x x^T / N + lam I)^-1 x        (N side, N < n)
+
+replaces `g^T x` in `W.grad`. Forward, bias gradient, input gradient, optimizer and inference are those of the plain layer.
+For a convolution x are all N = B H' W' patches, one second moment per group. The N-side form here is the push-through identity: it
+equals the paper's Woodbury form without its cancellation of 1/lam digits.
+
+In your own loop: `model = apply_tract(model, example_input=batch)`, make the optimizer, train, `model = unapply_tract(model)`.
+Inputs should be standardised (lam = 0.1 is meant for variance one). Good to know: the statistics are the present batch's, so two
+half batches accumulate two TrAct gradients, not that of their union; with few rows (N not much above n) the step is noisy, so drop a
+small last batch; clipping by the global norm after TrAct shifts the balance, because the first layer's gradient is larger
+(`TrAct.grad_norms_`); with DDP each rank uses its own second moment unless `sync=True`.
+
+Source: Petersen, Borgelt, Ermon, "TrAct: Making First-layer Pre-Activations Trainable", NeurIPS 2024, arXiv 2410.23970.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surefoot.core.task import Task
+from surefoot.core.treatment import Batch, Treatment
+from surefoot.errors import InvalidInput, Refused, UnsupportedOp, check, check_positive
+
+M = TypeVar("M", bound=nn.Module)
+CHUNK = 1 << 22  # elements of unfolded patches held at once
+SMALL = 1 << 18  # elements of unfolded patches up to which one plain product is fastest
+
+
+def tract_weight_grad(
+    x: Tensor,  # [N, n]
+    grad_output: Tensor,  # [N, m]
+    lam: float = 0.1,
+) -> Tensor:  # [m, n]
+    """The TrAct weight gradient of a linear layer, by whichever side has the smaller system.
+
+    `grad_output` is dL/dz as autograd gives it: of a mean loss it carries its 1/N already, and is not rescaled here.
+    """
+    check_positive("lam", lam)
+    check(
+        x.dim() == 2 and grad_output.dim() == 2 and len(x) == len(grad_output) > 0,
+        f"x and grad_output must be [N, n] and [N, m], got {tuple(x.shape)} and {tuple(grad_output.shape)}.",
+    )
+    _check_real(x)
+    if len(x) < x.shape[1]:
+        return _ridge_solve(x @ x.mT / len(x), lam, grad_output).mT @ x
+    return _ridge_solve(x.mT @ x / len(x), lam, x.mT @ grad_output).mT
+
+
+def _ridge_solve(moment: Tensor, lam: float, right: Tensor) -> Tensor:
+    """`(moment + lam I)^-1 right`, Cholesky, batched; overwrites `moment`. The floor keeps it positive definite where rounding would not: inputs so
+    large that lam is below the resolution of the moment."""
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal += torch.finfo(moment.dtype).eps * diagonal.sum(-1, keepdim=True) + lam
+    factor = torch.linalg.cholesky_ex(moment)[0]
+    return torch.cholesky_solve(right, factor)
+
+
+def _check_real(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise UnsupportedOp(f"TrAct needs real floating-point inputs, got {x.dtype}; cast and standardise them first.")
+
+
+class Patches(NamedTuple):
+    """How a convolution cuts its input: plain numbers, so that a compiled graph can hold them."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    pad: tuple[int, ...]  # as F.pad takes it
+    pad_mode: str
+
+
+def patch_moment(
+    x: Tensor,  # [B, C, H, W]
+    patches: Patches,
+) -> tuple[Tensor, int]:  # [groups, n, n] and N = B H' W'
+    """Sum of the outer products of all patches, exact for every option of Conv2d, a few images at a time."""
+    (kh, kw), (sh, sw), (dh, dw) = patches.kernel, patches.stride, patches.dilation
+    if any(patches.pad):
+        x = F.pad(x, patches.pad, mode=patches.pad_mode)
+    height, width = x.shape[2:]
+    rows, columns = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+    count = len(x) * rows * columns
+    apart = (kh <= sh and kw <= sw) or count * x.shape[1] * kh * kw <= SMALL
+    moment = _whole_moment if apart else _row_moment
+    per_image = x.shape[1] * columns * kw * (rows * kh if apart else height)
+    total = sum(moment(part, patches, rows, columns) for part in x.split(max(1, CHUNK // max(1, per_image))))
+    assert isinstance(total, Tensor)  # an empty batch never comes here
+    return total, count
+
+
+def _whole_moment(x: Tensor, patches: Patches, rows: int, columns: int) -> Tensor:
+    """One product over full patches: for little data, and for patches that do not overlap."""
+    (kh, kw), (sh, sw), (dh, dw), groups = patches.kernel, patches.stride, patches.dilation, patches.groups
+    channels, (b, c, h, w) = x.shape[1] // groups, x.stride()
+    shape = (groups, channels, kh, kw, len(x), rows, columns)
+    full = x.as_strided(shape, (channels * c, c, dh * h, dw * w, b, sh * h, sw * w)).reshape(
+        groups, channels * kh * kw, -1
+    )
+    return full @ full.mT
+
+
+def _row_moment(x: Tensor, patches: Patches, rows: int, columns: int) -> Tensor:
+    """Patches unfolded along the image rows only; kernel rows i, i' meet in one batched product per distance i' - i.
+
+    The k_h^2 / 2 block products over full patches become k_h, and the unfolded copy is k_w times the input, not k_h k_w.
+    """
+    (kh, kw), (sh, sw), (dh, dw), groups = patches.kernel, patches.stride, patches.dilation, patches.groups
+    channels, height, (b, c, h, w) = x.shape[1] // groups, x.shape[2], x.stride()
+    shape = (groups, height, channels, kw, len(x), columns)
+    lines = x.as_strided(shape, (channels * c, h, c, dw * w, b, sw * w)).reshape(groups, height, channels * kw, -1)
+    total = x.new_zeros(groups, kh, kh, channels * kw, channels * kw)
+    for apart in range(kh):
+        met = lines[:, : height - apart * dh] @ lines[:, apart * dh :].mT  # [groups, H - apart, c k_w, c k_w]
+        group, line, *inner = met.stride()
+        windows = (groups, kh - apart, rows, *met.shape[2:])
+        pairs = met.as_strided(windows, (group, dh * line, sh * line, *inner)).sum(2)
+        total.diagonal(apart, 1, 2).add_(pairs.permute(0, 2, 3, 1))  # kernel rows i, i + apart
+        if apart:
+            total.diagonal(-apart, 1, 2).add_(pairs.permute(0, 3, 2, 1))
+    blocks = total.reshape(groups, kh, kh, channels, kw, channels, kw).permute(0, 3, 1, 4, 5, 2, 6)
+    return blocks.reshape(groups, channels * kh * kw, channels * kh * kw)
+
+
+class _Precondition(torch.autograd.Function):
+    """The identity on the weight, whose backward turns the ordinary weight gradient `G` into `G (C + lam I)^-1`.
+
+    Sitting between the weight and the plain operator it leaves everything else to autograd: forward, bias and input gradients,
+    autocast, hooks, DDP buckets.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, lam: float, patches: Patches | None, sync: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.lam, ctx.patches, ctx.sync = lam, patches, sync
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UnsupportedOp(
+                "TrAct's weight gradient is not the gradient of a function, so create_graph=True has no meaning here; "
+                "unapply TrAct where second derivatives are needed."
+            )
+        (x,) = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+            result = _preconditioned(grad.to(wide), x.to(wide), ctx.lam, ctx.patches, ctx.sync)
+        return result.to(grad.dtype), None, None, None, None
+
+
+def _preconditioned(grad: Tensor, x: Tensor, lam: float, patches: Patches | None, sync: bool) -> Tensor:
+    if patches is None:
+        x = x.reshape(-1, x.shape[-1])
+        if len(x) < x.shape[1] and not sync:
+            # N side from G alone: its rows lie in the row space of x, so solve in an orthonormal basis of that space.
+            basis, r = torch.linalg.qr(x.mT)
+            return _ridge_solve(r @ r.mT / max(len(x), 1), lam, (grad @ basis).mT).mT @ basis.mT
+        total, count = (x.mT @ x).unsqueeze(0), len(x)
+    else:
+        total, count = patch_moment(x if x.dim() == 4 else x.unsqueeze(0), patches)
+    if sync and torch.distributed.is_available() and torch.distributed.is_initialized():
+        packed = torch.cat([total.flatten(), total.new_tensor([float(count)])])
+        torch.distributed.all_reduce(packed)
+        total, count = packed[:-1].view_as(total), packed[-1]
+    flat = grad.reshape(total.shape[0], -1, total.shape[-1])  # [groups, m / groups, n]
+    return _ridge_solve(total / count, lam, flat.mT).mT.reshape(grad.shape)
+
+
+class _TrActLayer:
+    """What the two layers share: the settings, and when to act (in training, where the weight takes a gradient)."""
+
+    lam: float
+    sync: bool
+    training: bool
+    weight: Tensor
+
+    def _weight(self, x: Tensor, patches: Patches | None) -> Tensor:
+        _check_real(x)
+        if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad) or x.numel() == 0:
+            return self.weight
+        return _Precondition.apply(self.weight, x.detach(), self.lam, patches, self.sync)  # type: ignore[no-any-return]
+
+
+class TrActLinear(_TrActLayer, nn.Linear):
+    """`nn.Linear` with the TrAct weight gradient; same arguments, parameters and state_dict."""
+
+    def __init__(self, *args: Any, lam: float = 0.1, sync: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lam, self.sync = _checked(lam), sync
+
+    def forward(self, input: Tensor) -> Tensor:  # [..., n] -> [..., m]
+        return F.linear(input, self._weight(input, None), self.bias)
+
+
+class TrActConv2d(_TrActLayer, nn.Conv2d):
+    """`nn.Conv2d` with the TrAct weight gradient; same arguments, parameters and state_dict, every padding, dilation and group."""
+
+    def __init__(self, *args: Any, lam: float = 0.1, sync: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lam, self.sync = _checked(lam), sync
+
+    def forward(self, input: Tensor) -> Tensor:  # [B, C, H, W] -> [B, m, H', W']
+        return self._conv_forward(input, self._weight(input, self.patches()), self.bias)
+
+    def patches(self) -> Patches:
+        pad = tuple(self._reversed_padding_repeated_twice)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return Patches(self.kernel_size, self.stride, self.dilation, self.groups, pad, mode)
+
+
+PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {nn.Linear: TrActLinear, nn.Conv2d: TrActConv2d}
+
+
+def _checked(lam: float) -> float:
+    check_positive("lam", lam)
+    return float(lam)
+
+
+def _with_class(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The same layer (parameters, buffers, hooks and options shared) under another class."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(layer).items()})
+    return twin
+
+
+def tract(layer: nn.Module, lam: float = 0.1, *, sync: bool = False) -> nn.Module:
+    """One layer with the TrAct gradient, its Parameters shared with `layer`. Raises `UnsupportedOp` for other kinds of layer."""
+    _checked(lam)
+    if type(layer) not in PLAIN:
+        raise UnsupportedOp(
+            f"TrAct handles nn.Linear and nn.Conv2d, not {type(layer).__name__}; name such a layer with layer=."
+        )
+    weight = layer.weight
+    check(isinstance(weight, Tensor) and not weight.is_complex(), "TrAct needs real weights; this layer's are complex.")
+    twin = _with_class(layer, PLAIN[type(layer)])
+    twin.lam, twin.sync = float(lam), sync  # type: ignore[assignment]
+    return twin
+
+
+def first_layer(model: nn.Module, example_input: Tensor) -> str:
+    """Name of the first Linear or Conv layer that a forward pass executes *on the input* (not the first in `modules()`).
+
+    `example_input` `[B, ...]` is a small batch. Runs once in evaluation mode with the parameters detached; layers that see
+    only constants (position tables, say) are passed over. Training flags are put back.
+    """
+    _check_real(example_input)
+    seen: list[tuple[str, bool]] = []
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen.append((name, args[0].requires_grad))
+
+    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    flags = [(module, module.training) for module in model.modules()]
+    fixed = {name: p.detach() for name, p in model.named_parameters()}
+    model.eval()
+    try:
+        with torch.enable_grad():
+            torch.func.functional_call(model, fixed, (example_input.detach().clone().requires_grad_(),))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in flags:
+            module.training = training
+    name = next((name for name, on_input in seen if on_input), next((name for name, _ in seen), None))
+    if name is None:
+        raise UnsupportedOp("TrAct found no nn.Linear or nn.Conv2d executed on the input; name one with layer=.")
+    return name
+
+
+def apply_tract_(
+    model: M,
+    *,
+    layer: str | nn.Module | None = None,
+    lam: float = 0.1,
+    example_input: Tensor | None = None,
+    sync: bool = False,
+) -> M:
+    """Wrap the first layer in place (or `layer`, by name or as a module of the model). A model that is itself a layer is returned
+    wrapped. Make the optimizer before or after: the Parameters stay the same objects."""
+    if isinstance(layer, nn.Module):
+        named = next((name for name, module in model.named_modules() if module is layer), None)
+        if named is None:
+            raise InvalidInput("layer is not a module of the model; give one of its modules or a name.")
+        layer = named
+    if layer is None:
+        if example_input is None:
+            raise InvalidInput("TrAct must know the first layer: give example_input (a small batch) or layer (a name).")
+        layer = first_layer(model, example_input)
+    places = dict(model.named_modules())
+    check(
+        layer in places,
+        f"The model has no layer named {layer!r}; its first are {', '.join(filter(None, list(places)[:6]))}.",
+    )
+    target = places[layer]
+    if isinstance(target, _TrActLayer):
+        raise Refused(f"Layer {layer!r} is already wrapped by TrAct; unapply it first.")
+    weight = getattr(target, "weight", None)
+    uses = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(uses) > 1:
+        raise Refused(f"The weight of {layer!r} is shared ({', '.join(uses)}); TrAct needs a layer with one place.")
+    if not any(p.requires_grad for p in target.parameters()):
+        raise InvalidInput(f"No parameter of layer {layer!r} requires a gradient; unfreeze it or leave TrAct out.")
+    wrapped = tract(target, lam, sync=sync)
+    return _replace(model, layer, wrapped)
+
+
+def apply_tract(
+    model: M,
+    *,
+    layer: str | nn.Module | None = None,
+    lam: float = 0.1,
+    example_input: Tensor | None = None,
+    sync: bool = False,
+) -> M:
+    """`apply_tract_` on a copy of the model."""
+    if isinstance(layer, nn.Module):
+        layer = next((name for name, module in model.named_modules() if module is layer), layer)
+    return apply_tract_(copy.deepcopy(model), layer=layer, lam=lam, example_input=example_input, sync=sync)
+
+
+def unapply_tract(model: M) -> M:
+    """Plain layers again, in place; the Parameters stay the same objects. A plain model comes back untouched."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _TrActLayer) and isinstance(module, nn.Module):
+            plain = _with_class(module, nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d)
+            del plain.lam, plain.sync
+            model = _replace(model, name, plain)
+    return model
+
+
+def _replace(model: M, name: str, layer: nn.Module) -> M:
+    if not name:
+        return layer  # type: ignore[return-value]
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+    return model
+
+
+@dataclass
+class TrAct(Treatment):
+    """Trains the first layer by TrAct, gives plain layers back. `layer` names it where the automatic choice is not wanted.
+
+    After training `layer_` is its name, `rows_per_input_` is N / n of the first batch (below about 2 the statistics are noisy), and
+    `grad_norms_` the gradient norms (first layer, all the rest) of the first step.
+    """
+
+    slug: ClassVar[str] = "tract"
+
+    lam: float = 0.1
+    layer: str | None = None
+    sync: bool = False
+    layer_: str = field(default="", init=False)
+    rows_per_input_: float = field(default=0.0, init=False)
+    grad_norms_: tuple[float, float] = field(default=(0.0, 0.0), init=False)
+
+    def check(self, model: nn.Module, task: Task) -> None:
+        check_positive("lam", self.lam)
+
+    def prepare(self, model: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+        parameter = next(model.parameters(), None)
+        check(parameter is not None and len(task.train) > 0, "TrAct needs a model with parameters and training data.")
+        example = task.train.x[:2].to(parameter)  # type: ignore[arg-type]
+        self.layer_ = first_layer(model, example) if self.layer is None else self.layer
+        return apply_tract_(model, layer=self.layer_, lam=self.lam, sync=self.sync), task
+
+    def before_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+        if batch.step == 0:
+            norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+            first = norms.pop(f"{self.layer_}.weight".lstrip("."), 0.0)
+            self.grad_norms_ = (first, sum(v * v for v in norms.values()) ** 0.5)
+
+    def finish(self, model: nn.Module, task: Task) -> nn.Module:
+        return unapply_tract(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"grad_norms_": list(self.grad_norms_)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.grad_norms_ = (float(state["grad_norms_"][0]), float(state["grad_norms_"][1]))
