@@ -90,7 +90,7 @@ def compare(before: Audit, after: Audit) -> tuple[Comparison, ...]:
 def _pair(first: Finding, second: Finding) -> Comparison:
     low = high = None
     if first.samples is not None and second.samples is not None and len(first.samples) == len(second.samples) > 1:
-        low, high = paired_difference(np.asarray(first.samples), np.asarray(second.samples), first.level)
+        _, low, high, _ = paired_difference(np.asarray(first.samples), np.asarray(second.samples), first.level)
     difference = second.value - first.value
     n = min(first.n, second.n)
     return Comparison(first.name, first.instrument, first.unit, first.better, first.value, second.value, difference, low, high, n)  # fmt: skip

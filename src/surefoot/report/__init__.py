@@ -1,0 +1,5 @@
+"""One self-contained HTML file and its JSON twin for each job."""
+
+from surefoot.report.page import write_audit_report, write_evidence_page, write_harden_report
+
+__all__ = ["write_audit_report", "write_evidence_page", "write_harden_report"]

@@ -1,0 +1,178 @@
+"""The verbs. Each parses its arguments, calls the library, and says where the result is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from surefoot import __version__
+
+app = typer.Typer(
+    name="surefoot",
+    help="Find out where a PyTorch model breaks, fix it with published methods, and prove the fix.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class BudgetChoice(StrEnum):
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class TierChoice(StrEnum):
+    embedded = "embedded"
+    standard = "standard"
+
+
+Model = Annotated[str, typer.Argument(help="Embedded name, saved folder, file.py:factory, .pt2 or TorchScript file.")]
+Data = Annotated[str, typer.Option("--data", help="Name, folder of images, .npz, .csv, .parquet or file.py:function.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the standard data (else $SUREFOOT_DATA).")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Weights for file.py:factory (.safetensors).")]
+Target = Annotated[str | None, typer.Option("--target", help="Target column of a table.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Unpickle model files. A pickle can run any code.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
+Budget = Annotated[BudgetChoice, typer.Option("--budget", help="How much time to spend.")]
+Only = Annotated[str | None, typer.Option("--only", help="Instruments or families, separated by commas.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the report.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"surefoot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Find out where a PyTorch model breaks, fix it with published methods, and prove the fix."""
+
+
+@app.command("list")
+def list_methods(
+    as_json: Json = False, family: Annotated[str | None, typer.Option(help="Only this family.")] = None
+) -> None:
+    """List the methods: what each is for, and whether it works here."""
+    from surefoot.cli import show
+
+    show.print_list(family, as_json)
+
+
+@app.command("show")
+def show_method(slug: Annotated[str, typer.Argument(help="Slug of a method.")]) -> None:
+    """Show one method: what, when, how to use it in your own loop, settings, cost, evidence, citation."""
+    from surefoot.cli import show
+
+    show.print_method(slug)
+
+
+@app.command()
+def cite(names: Annotated[list[str], typer.Argument(help="Slugs, or the folder of a run.")]) -> None:
+    """Print the BibTeX you owe for methods, or for the treatments of a run."""
+    from surefoot.cli import show
+
+    show.print_citations(names)
+
+
+@app.command()
+def audit(
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    data_dir: DataDir = None,
+    target: Target = None,
+    budget: Budget = BudgetChoice.standard,
+    only: Only = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    trust: Trust = False,
+    out: Out = Path("surefoot-report"),
+    as_json: Json = False,
+) -> None:
+    """Measure where a model breaks and write a report."""
+    from surefoot.cli import jobs
+
+    source = jobs.Source(model, data, weights, data_dir, target, budget.value, seed, device, trust)
+    jobs.run_audit(source, only=only, out=out, as_json=as_json)
+
+
+@app.command()
+def harden(
+    model: Model,
+    data: Data,
+    with_: Annotated[str, typer.Option("--with", help="Treatments: a,b(setting=value),c.")],
+    weights: Weights = None,
+    data_dir: DataDir = None,
+    target: Target = None,
+    budget: Budget = BudgetChoice.standard,
+    only: Only = None,
+    epochs: Annotated[int, typer.Option(help="Training epochs.")] = 20,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    batch_size: Annotated[int, typer.Option(help="Examples a training step.")] = 64,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.0,
+    label_noise: Annotated[float, typer.Option(help="Share of training labels to corrupt on purpose first.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    trust: Trust = False,
+    out: Out = Path("surefoot-report"),
+    as_json: Json = False,
+) -> None:
+    """Train a stack of treatments in one run, audit before and after, and save the model."""
+    from surefoot.cli import jobs
+    from surefoot.core.task import Training
+
+    source = jobs.Source(model, data, weights, data_dir, target, budget.value, seed, device, trust)
+    training = Training(epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay)
+    jobs.run_harden(source, with_, training, label_noise=label_noise, only=only, out=out, as_json=as_json)
+
+
+@app.command()
+def trial(
+    slug: Annotated[str, typer.Argument(help="Slug of a method.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
+    tier: Annotated[TierChoice, typer.Option(help="Which data.")] = TierChoice.embedded,
+    data: Annotated[str | None, typer.Option("--data", help="Your own data in the task's place.")] = None,
+    data_dir: DataDir = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster (local: start one).")] = None,
+    store: Annotated[Path | None, typer.Option(help="SQLite file of finished cells.")] = None,
+    evidence: Annotated[Path | None, typer.Option(help="Folder to write <family>/<slug>.json to.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a method on trial against its baselines; a killed trial resumes."""
+    from surefoot.cli import jobs
+
+    jobs.run_trial_job(slug, seeds, tier.value, data, data_dir, workers, ray, store, evidence, as_json)
+
+
+@app.command()
+def evidence(
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("surefoot-evidence.html"),
+) -> None:
+    """Write an HTML overview of all trials."""
+    from surefoot.cli import jobs
+
+    jobs.write_evidence(out)
+
+
+def settings_of(plug: Any) -> list[tuple[str, str]]:
+    """Names and defaults of a treatment's settings."""
+    import dataclasses
+
+    return [
+        (f.name, "" if f.default is dataclasses.MISSING else repr(f.default))
+        for f in dataclasses.fields(plug)
+        if f.init
+    ]
