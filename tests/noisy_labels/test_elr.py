@@ -375,7 +375,7 @@ def test_treatment_refuses_a_second_loss_and_bad_settings():
         fit(model, task, Training(epochs=1), (ELR(lam=-1.0),))
     unlabelled = task.changed(train=task.train.take(slice(0, 0)))
     with pytest.raises(InvalidInput, match="training examples with labels"):
-        fit(model, unlabelled, Training(epochs=1), (ELR(),))
+        ELR().check(model, unlabelled)
 
 
 RANKS = """
