@@ -51,7 +51,7 @@ class Method:
 
     @property
     def paper(self) -> str:
-        people = [a for a in self.authors if a != "others"]
+        people = [a.split(",")[0] for a in self.authors if a != "others"]
         who = people[0] if len(people) == 1 and len(self.authors) == 1 else f"{people[0]} et al."
         if len(self.authors) == 2 and "others" not in self.authors:
             who = " and ".join(people)
@@ -228,7 +228,7 @@ def bibtex(chosen: Sequence[Method]) -> str:
 
 
 def _entry(method: Method) -> str:
-    key = re.sub(r"\W", "", method.authors[0].split()[-1].lower()) + f"{method.year}{method.slug.replace('_', '')}"
+    key = re.sub(r"\W", "", method.authors[0].split(",")[0].lower()) + f"{method.year}{method.slug.replace('_', '')}"
     if method.venue in FULL_VENUE:
         kind, where = "inproceedings", f"  booktitle = {{{FULL_VENUE[method.venue]}}},\n"
     elif method.venue in JOURNALS:

@@ -58,14 +58,20 @@ def check_task(task: Task) -> None:
     for name, split in (("train", task.train), ("valid", task.valid), ("test", task.test)):
         if len(split) == 0:
             continue
+        shape = tuple(split.x.shape[1:])
         check(
-            bool(torch.isfinite(split.x).all()),
-            f"The {name} split of {task.name} holds NaN or infinite values; clean them.",
+            shape == task.input_shape,
+            f"The {name} split has inputs of shape {shape}, the test split {task.input_shape}.",
         )
-        check(tuple(split.x.shape[1:]) == task.input_shape, f"The {name} split has inputs of shape {tuple(split.x.shape[1:])}, the test split {task.input_shape}.")  # fmt: skip
+        finite = bool(torch.isfinite(split.x).all())
+        check(finite, f"The {name} split of {task.name} holds NaN or infinite values; clean them.")
         if split.y is not None:
             low, high = int(split.y.min()), int(split.y.max())
-            check(low >= 0 and high < task.num_classes, f"Labels of the {name} split lie in [{low}, {high}], outside the {task.num_classes} classes.")  # fmt: skip
+            inside = low >= 0 and high < task.num_classes
+            check(
+                inside,
+                f"Labels of the {name} split lie in [{low}, {high}], outside 0..{task.num_classes - 1}; mend them.",
+            )
 
 
 __all__ = ["EMBEDDED", "Split", "Task", "check_task", "embedded", "load", "own", "standard"]

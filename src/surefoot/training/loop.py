@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from surefoot.core.task import Task, Training
 from surefoot.core.treatment import Batch, Treatment, check_stack
 from surefoot.core.trial import Metrics, Run
-from surefoot.errors import InvalidInput, check_at_least, check_positive
+from surefoot.datasets import check_task
+from surefoot.errors import InvalidInput, check, check_at_least, check_positive
 
 Progress = Callable[[int, int, float], None]  # (steps done, steps in all, mean loss of the epoch)
 
@@ -61,6 +62,8 @@ def fit(
     """
     check_at_least("training.batch_size", training.batch_size, 1)
     check_positive("training.lr", training.lr)
+    check_task(task)
+    check(len(task.train) > 0, f"The training split of {task.name} is empty; give labelled training data.")
     check_stack(treatments, model, task)
     model = copy.deepcopy(model).to(task.device)
     stack = [copy.deepcopy(t) for t in treatments]
@@ -137,6 +140,7 @@ def _train(
             _save(checkpoint, model, optimizer, stack, (order_source, noise), step, history)
         if progress is not None:
             progress(step, steps, mean_loss)
+    optimizer.zero_grad(set_to_none=True)
     return history
 
 
