@@ -1,0 +1,166 @@
+"""Signs that a model hides its gradients, so that a robust accuracy is too good to be true (Athalye, Carlini & Wagner,
+2018, arXiv 1802.00420; Carlini et al., 2019, arXiv 1902.06705).
+
+Each check is a boolean with its numbers. One point is 0.01 of accuracy; counts below two examples never raise a check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surefoot.errors import check_at_least
+from surefoot.nn.attacks.apgd import apgd
+from surefoot.nn.attacks.ball import Ball, Bounds, Norm
+from surefoot.nn.attacks.losses import cross_entropy
+from surefoot.nn.attacks.pgd import pgd
+from surefoot.nn.attacks.run import (
+    Model,
+    ZeroGradient,
+    attacking,
+    check_inputs,
+    default_generator,
+    loss_and_gradient,
+    wrong,
+)
+from surefoot.nn.attacks.square import square
+
+
+@dataclass(frozen=True)
+class MaskingCheck:
+    name: str
+    suspicious: bool
+    numbers: Mapping[str, float]
+    sentence: str  # what the check looks for
+
+
+@dataclass(frozen=True)
+class MaskingReport:
+    checks: tuple[MaskingCheck, ...]
+    passes: int
+    n: int
+
+    @property
+    def suspicious(self) -> bool:
+        return any(check.suspicious for check in self.checks)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence per raised check, with its numbers."""
+        return tuple(
+            f"Gradient masking? {c.sentence} ({', '.join(f'{k} {v:.3g}' for k, v in c.numbers.items())})"
+            for c in self.checks
+            if c.suspicious
+        )
+
+
+def masking_diagnostics(
+    model: Model,
+    x: Tensor,  # [N, ...] within bounds
+    y: Tensor,  # int64 [N]
+    *,
+    eps: float = 8 / 255,
+    norm: Norm = "linf",
+    bounds: Bounds = (0.0, 1.0),
+    steps: int = 20,
+    queries: int = 500,
+    undefended: Model | None = None,
+    generator: torch.Generator | None = None,
+) -> MaskingReport:
+    """Eight checks on the examples given (about 100 are enough); transfer needs an `undefended` model.
+
+    The large-radius check, eps = 0.5 of the range, is for Linf and bounded inputs.
+    """
+    check_inputs(x, y, eps, norm, bounds)
+    check_at_least("steps", steps, 2)
+    generator, n = default_generator(generator), len(x)
+    lab = _Lab(model, x.detach(), y, {"norm": norm, "bounds": bounds, "generator": generator})
+    clean = lab.clean()
+    multi = lab.white_box(eps, steps)
+    single = lab.white_box(eps, 1)
+    more = lab.white_box(eps, 5 * steps)
+    noise = lab.noise(eps, steps)
+    strongest = min(multi, more, lab.accuracy(apgd, eps=eps, steps=steps, loss="margin"))
+    least = max(2 / n, 0.01)  # one point, and at least two examples
+    checks = [
+        MaskingCheck("single_step", single < multi - least / 2, {"single": single, "multi": multi},
+                     "One gradient step breaks more than many."),
+        MaskingCheck("noise", noise <= clean - least and noise <= multi, {"noise": noise, "pgd": multi, "clean": clean},
+                     "Random noise is as strong as gradient descent."),
+        MaskingCheck("more_steps", more < multi - least, {f"steps {steps}": multi, f"steps {5 * steps}": more},
+                     "More steps still lower the accuracy by over one point."),
+    ]  # fmt: skip
+    if norm == "linf" or (x.dim() == 4 and min(x.shape[2:]) >= 5):
+        black = lab.accuracy(square, eps=eps, queries=queries)
+        checks.append(MaskingCheck("black_box", black <= strongest - least, {"square": black, "white box": strongest}, "Random search beats gradient attacks."))  # fmt: skip
+    if norm == "linf" and bounds is not None:
+        far = 0.5 * (bounds[1] - bounds[0])
+        wide = min(lab.accuracy(apgd, eps=far, steps=steps, loss=loss) for loss in ("margin", "ce"))
+        checks.append(MaskingCheck("large_radius", wide > 0.05 + least, {"accuracy": wide}, "At half the range of the inputs, where anything can be painted, accuracy is not near zero."))  # fmt: skip
+    zero, cosine = lab.gradients()
+    checks.append(MaskingCheck("zero_gradient", zero > 0.05, {"share": zero}, "The loss has an exactly zero gradient at over 5 % of the examples."))  # fmt: skip
+    checks.append(MaskingCheck("gradient_noise", cosine < 0.2, {"cosine": cosine}, "Two draws of the gradient hardly agree."))  # fmt: skip
+    if undefended is not None:
+        moved = pgd(undefended, lab.x, y, eps=eps, steps=steps, early_stop=False, **lab.shared)
+        lab.passes += moved.passes
+        transfer = lab.right(moved.x)
+        checks.append(MaskingCheck("transfer", transfer <= strongest - least, {"transfer": transfer, "white box": strongest}, "Points made on an undefended model beat gradient attacks on this one."))  # fmt: skip
+    return MaskingReport(tuple(checks), lab.passes, n)
+
+
+@dataclass
+class _Lab:
+    """Accuracies of one model on one set of examples; counts the passes."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    shared: dict
+    passes: int = 0
+
+    def right(self, at: Tensor) -> float:
+        with attacking(self.model, "eval", self.shared["generator"], at.device), torch.no_grad():
+            self.passes += len(at)
+            return 1.0 - wrong(self.model(at), self.y).double().mean().item()
+
+    def clean(self) -> float:
+        return self.right(self.x)
+
+    def accuracy(self, attack, **settings) -> float:
+        """Clean errors stay errors: an attack's own random start must not repair them."""
+        try:
+            found = attack(self.model, self.x, self.y, **settings, **self.shared)
+        except ZeroGradient:
+            return self.clean()
+        self.passes += found.passes
+        return 1.0 - found.broken.double().mean().item()
+
+    def white_box(self, eps: float, steps: int) -> float:
+        return self.accuracy(pgd, eps=eps, steps=steps, random_start=False, step_size=eps if steps == 1 else None)
+
+    def noise(self, eps: float, draws: int) -> float:
+        """Accuracy under the worst of `draws` points from the ball."""
+        ball = Ball.around(self.x, eps, self.shared["norm"], self.shared["bounds"])
+        broken = torch.zeros_like(self.y, dtype=torch.bool)
+        with attacking(self.model, "eval", self.shared["generator"], self.x.device), torch.no_grad():
+            for _ in range(draws):
+                broken |= wrong(self.model(ball.sample(self.shared["generator"])), self.y)
+        self.passes += draws * len(self.x)
+        return 1.0 - broken.double().mean().item()
+
+    def gradients(self) -> tuple[float, float]:
+        """Share of exactly zero gradients, and mean cosine between two draws (1 where one of them is zero)."""
+        with attacking(self.model, "eval", self.shared["generator"], self.x.device):
+            try:
+                first, second = (
+                    loss_and_gradient(self.model, self.x, self.y, cross_entropy)[2].flatten(1) for _ in range(2)
+                )
+            except ZeroGradient:
+                return 1.0, 1.0
+        self.passes += 2 * len(self.x)
+        zero = (first == 0).all(1)
+        cosine = torch.nn.functional.cosine_similarity(first.double(), second.double(), eps=1e-300)
+        return zero.double().mean().item(), torch.where(zero, 1.0, cosine).mean().item()
