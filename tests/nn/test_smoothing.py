@@ -1,0 +1,359 @@
+"""Randomised smoothing: exact numbers, half-space classifiers whose truth is known, and the planted mistakes."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from surefoot.errors import InvalidInput, Refused
+from surefoot.nn import smoothing as sm
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class HalfSpace(nn.Module):
+    """Class 1 where w.x < c, class 0 elsewhere; under noise P[1] = Phi((c - w.x) / (sigma |w|))."""
+
+    def __init__(self, w, c):
+        super().__init__()
+        self.register_buffer("w", w)
+        self.c = c
+
+    def forward(self, x):
+        inside = self.c - x.flatten(1) @ self.w
+        return torch.stack([-inside, inside], 1)
+
+
+def biased_coin(p, dim=4):
+    """A half space and an input at the origin with P[class 1] = p under sigma = 1."""
+    w = torch.ones(dim, dtype=torch.float64) / math.sqrt(dim)
+    return HalfSpace(w, float(stats.norm.ppf(p))), torch.zeros(1, dim, dtype=torch.float64)
+
+
+# --- exact numbers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "alpha", "p", "radius"),
+    [
+        (100, 100, 0.001, 0.93325, 1.50048),
+        (1000, 1000, 0.001, 0.99312, 2.46326),
+        (9000, 10000, 0.001, 0.89041, 1.22871),
+        (800, 1000, 0.001, 0.75845, 0.70133),
+        (800, 1000, 0.0005, 0.75568, 0.69246),
+        (100_000, 100_000, 0.001, 0.999931, 3.81146),
+    ],
+)
+def test_bound_and_radius_are_the_published_numbers(k, n, alpha, p, radius):
+    low = sm.lower_confidence_bound(torch.tensor(k), n, alpha)
+    assert low.dtype == torch.float64
+    assert low.item() == pytest.approx(p, abs=5e-6)
+    assert sm.smoothing_radius(low, 1.0).item() == pytest.approx(radius, abs=1e-5)
+    assert sm.smoothing_radius(low, 0.25).item() == pytest.approx(0.25 * radius, abs=1e-5)
+
+
+def test_half_the_votes_abstain():
+    low = sm.lower_confidence_bound(torch.tensor(500), 1000, 0.001)
+    assert low.item() == pytest.approx(0.45077, abs=5e-6)
+    assert sm.smoothing_radius(low, 1.0).item() == 0.0
+    assert sm.smoothing_radius(torch.tensor(0.5), 1.0).item() == 0.0
+
+
+def test_no_hit_gives_zero_and_all_hits_the_cap():
+    bounds = sm.lower_confidence_bound(torch.tensor([0, 50]), 50, 0.01)
+    assert bounds[0] == 0.0
+    assert bounds[1].item() == pytest.approx(0.01 ** (1 / 50), rel=1e-12)
+
+
+def test_bounds_agree_with_scipy_and_mirror_each_other():
+    k = torch.tensor([1, 7, 30, 99, 100])
+    exact = [stats.binomtest(int(i), 100, alternative="greater").proportion_ci(0.99).low for i in k]
+    torch.testing.assert_close(
+        sm.lower_confidence_bound(k, 100, 0.01), torch.tensor(exact, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+    exact = [stats.binomtest(int(i), 100, alternative="less").proportion_ci(0.99).high for i in k]
+    torch.testing.assert_close(
+        sm.upper_confidence_bound(k, 100, 0.01), torch.tensor(exact, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+
+
+def test_p_value_is_the_two_sided_binomial_test():
+    top, other = torch.tensor([60, 51, 100, 5, 0]), torch.tensor([40, 50, 0, 5, 0])
+    exact = [stats.binomtest(int(a), int(a + b)).pvalue if a + b else 1.0 for a, b in zip(top, other)]
+    np.testing.assert_allclose(sm.binomial_p_value(top, other).numpy(), exact, rtol=1e-9)
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def reference_counts(model, x, n, sigma, num_classes, generator, batch):
+    """The plain loop: one input and one vote at a time, on the same stream of noise."""
+    counts = torch.zeros(len(x), num_classes, dtype=torch.int64)
+    order = [i for i in range(len(x)) for _ in range(n)]
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        noise = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype).normal_(generator=generator)
+        for i, e in zip(rows, noise):
+            counts[i, int(model((x[i] + sigma * e)[None]).argmax())] += 1
+    return counts
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000])
+def test_votes_equal_a_plain_loop(batch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(inplace=True), nn.Linear(8, 5)).double().eval()
+    x = torch.rand(6, 1, 4, 4, dtype=torch.float64, generator=rng())
+    with torch.no_grad():
+        expected = reference_counts(net, x, 23, 0.7, 5, rng(3), batch)
+    got = sm.vote_counts(net, x, 23, sigma=0.7, num_classes=5, generator=rng(3), batch_size=batch)
+    assert torch.equal(got, expected)
+    assert (got.sum(1) == 23).all()
+
+
+def test_noise_is_fresh_gaussian_and_never_clipped():
+    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, 50).contiguous()
+    seen = {0: [], 1: []}
+    for rows, noisy in sm.noisy_batches(x, 400, sigma=0.5, generator=rng(), batch_size=150):
+        assert len(rows) == len(noisy) <= 150
+        for i in (0, 1):
+            seen[i].append(noisy[rows == i].clone())
+    for i in (0, 1):
+        z = (torch.cat(seen[i]) - float(i)) / 0.5
+        assert z.shape == (400, 50)
+        assert len(z.flatten().unique()) == z.numel()
+        assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 0.01
+        assert (torch.cat(seen[i]) < 0).any()
+        assert (torch.cat(seen[i]) > 1).any()
+
+
+def test_sigma_may_differ_by_pixel():
+    sigma = torch.tensor([0.1, 2.0])
+    drawn = torch.cat([z.clone() for _, z in sm.noisy_batches(torch.zeros(1, 2), 4000, sigma=sigma, generator=rng())])
+    # the standard deviation of a sample s.d. is sigma / sqrt(2 n): 4 of those
+    assert ((drawn.std(0) / sigma - 1).abs() < 4 / math.sqrt(8000)).all()
+
+
+def test_same_generator_same_result_and_global_state_untouched():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    before = torch.get_rng_state()
+    options = {"sigma": 0.5, "num_classes": 3, "n": 200}
+    a = sm.certify(net, torch.rand(3, 4, generator=rng()), generator=rng(1), **options)
+    b = sm.certify(net, torch.rand(3, 4, generator=rng()), generator=rng(1), **options)
+    assert torch.equal(a.radius, b.radius)
+    assert torch.equal(a.prediction, b.prediction)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_float32_and_float64_follow_the_caller():
+    for dtype in (torch.float32, torch.float64):
+        seen = []
+        sm.vote_counts(
+            lambda z, seen=seen: seen.append(z.dtype) or torch.zeros(len(z), 2, dtype=z.dtype),
+            torch.zeros(2, 3, dtype=dtype), 5, sigma=1.0, num_classes=2, generator=rng(),
+        )  # fmt: skip
+        assert set(seen) == {dtype}
+
+
+def test_training_mode_is_switched_off_and_put_back():
+    """Planted mistake: a train-mode model (batch statistics, dropout) is not the classifier that is certified."""
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    net[1].running_mean.fill_(3.0)
+    net.train()
+    net[2].eval()
+    buffers = [b.clone() for b in net.buffers()]
+    x = torch.rand(2, 4, generator=rng())
+    got = sm.vote_counts(net, x, 300, sigma=1.0, num_classes=2, generator=rng(1), batch_size=100)
+    assert net.training
+    assert net[1].training
+    assert not net[2].training
+    assert all(torch.equal(a, b) for a, b in zip(buffers, net.buffers()))
+    net.eval()
+    assert torch.equal(got, sm.vote_counts(net, x, 300, sigma=1.0, num_classes=2, generator=rng(1), batch_size=100))
+    net.train()
+    noisy = [net(z.clone()) for _, z in sm.noisy_batches(x, 300, sigma=1.0, generator=rng(1), batch_size=100)]
+    wrong = torch.cat(noisy).argmax(1).view(2, 300)
+    assert not torch.equal(torch.stack([(wrong == c).sum(1) for c in (0, 1)], 1), got)
+
+
+# --- the guarantee --------------------------------------------------------------------------------------------------
+
+
+def test_certificates_of_half_spaces_are_broken_at_most_alpha_of_the_time():
+    """10,000 certificates at alpha = .05, each with the truth known: radius > distance is an attack that succeeds."""
+    p, alpha, trials = 0.8, 0.05, 10_000
+    model, x = biased_coin(p)
+    found = sm.certify(
+        model, x.expand(trials, -1).contiguous(), sigma=1.0, num_classes=2, generator=rng(5), n0=20, n=100, alpha=alpha
+    )
+    distance = float(stats.norm.ppf(p))
+    certified = found.prediction == 1
+    broken = (certified & (found.radius > distance)).double().mean().item()
+    assert broken <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
+    assert broken > 0.01  # the bound is tight: the test could fail
+    # the attack itself: a step of the certified size along w flips exactly the broken ones
+    moved = model.w[None] * found.radius[:, None] * (1 - 1e-12)
+    flips = torch.distributions.Normal(0.0, 1.0).cdf(model.c - moved @ model.w) < 0.5
+    assert torch.equal(flips & certified, certified & (found.radius > distance))
+
+
+def test_no_certificate_broken_in_ten_thousand_attacks_at_small_alpha():
+    """alpha = 1e-6 leaves 1 % for a single break among 10,000 random half spaces; the attack is the worst one."""
+    g = rng(7)
+    trials, dim, sigma = 10_000, 6, 0.5
+    w = torch.randn(trials, dim, generator=g, dtype=torch.float64)
+    w /= w.norm(dim=1, keepdim=True)
+    distance = torch.rand(trials, generator=g, dtype=torch.float64)
+    inputs = torch.cat([w, distance[:, None], torch.zeros(trials, dim, dtype=torch.float64)], 1)
+
+    def model(z):  # each input carries its own half space; only the last `dim` numbers are noisy
+        inside = z[:, dim : dim + 1] - (z[:, :dim] * z[:, dim + 1 :]).sum(1, keepdim=True)
+        return torch.cat([-inside, inside], 1)
+
+    noise_on = torch.tensor([1e-300] * (dim + 1) + [sigma] * dim, dtype=torch.float64)
+    chosen = sm.vote_counts(model, inputs, 50, sigma=noise_on, num_classes=2, generator=g).argmax(1)
+    hits = sm.vote_counts(model, inputs, 400, sigma=noise_on, num_classes=2, generator=g)
+    low = sm.lower_confidence_bound(hits.gather(1, chosen[:, None])[:, 0], 400, 1e-6)
+    radius = sm.smoothing_radius(low, sigma)
+    side = torch.where(chosen == 1, distance, -distance)  # signed distance to the boundary of the chosen class
+    assert (radius > 0).sum() > 3000
+    assert (side[radius > 0] > radius[radius > 0]).all()
+    assert (radius <= sigma * stats.norm.ppf(1e-6 ** (1 / 400)) + 1e-12).all()
+
+
+def test_selection_and_estimation_use_different_draws():
+    """Planted mistake: choosing the class with the votes that also bound it fails when many classes tie."""
+    classes, trials, alpha, n = 60, 3000, 0.05, 40
+
+    def base(z):  # classes by angle, all equally likely: any bound above 1/60 is a failure
+        angle = torch.atan2(z[:, 1], z[:, 0]) / (2 * math.pi) + 0.5
+        return nn.functional.one_hot((angle * classes).long().clamp(0, classes - 1), classes).double()
+
+    x = torch.zeros(trials, 2, dtype=torch.float64)
+    options = {"sigma": 1.0, "num_classes": classes, "generator": rng(2)}
+    found = sm.certify(base, x, n0=n, n=n, alpha=alpha, **options)
+    limit = alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
+    assert (found.p_lower > 1 / classes).double().mean() <= limit
+    counts = sm.vote_counts(base, x, n, **options)
+    reused = sm.lower_confidence_bound(counts.amax(1), n, alpha)
+    assert (reused > 1 / classes).double().mean() > 5 * limit
+    assert (found.draws == 2 * n).all()
+
+
+def test_predict_errs_rarely_and_abstains_on_a_tie():
+    model, x = biased_coin(0.5)
+    many = x.expand(2000, -1).contiguous()
+    got = sm.predict(model, many, sigma=1.0, num_classes=2, generator=rng(), n=200, alpha=0.05)
+    abstained = (got == sm.ABSTAIN).double().mean().item()
+    assert abstained >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 2000)
+    model, x = biased_coin(0.9)
+    assert sm.predict(model, x, sigma=1.0, num_classes=2, generator=rng(), n=200).tolist() == [1]
+
+
+# --- early stopping -------------------------------------------------------------------------------------------------
+
+
+def test_looks_keep_alpha_whatever_stops_them():
+    """Planted mistake: alpha unsplit over ten looks breaks the promise; the shares keep it."""
+    p, alpha, trials = 0.7, 0.1, 4000
+    model, x = biased_coin(p)
+    at = tuple(range(20, 201, 20))
+    many = x.expand(trials, -1).contiguous()
+    target = float(stats.norm.ppf(p)) + 1e-9  # an optimist's target: any success is a failure of the bound
+    limit = alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
+    options = {"sigma": 1.0, "num_classes": 2, "n0": 30}
+    looks = sm.Looks(at, (0.1,) * 10, target=target)
+    found = sm.certify(model, many, generator=rng(), alpha=alpha, looks=looks, **options)
+    assert ((found.p_lower > p) & (found.prediction == 1)).double().mean() <= limit
+    unsplit = sm.certify(model, many, generator=rng(), alpha=min(10 * alpha, 0.999), looks=looks, **options)
+    assert ((unsplit.p_lower > p) & (unsplit.prediction == 1)).double().mean() > limit
+
+
+def test_looks_stop_early_and_a_hopeless_input_costs_little():
+    model, x = biased_coin(0.99)
+    looks = sm.Looks((200, 2000), (0.5, 0.5), target=0.5)
+    options = {"sigma": 1.0, "num_classes": 2, "generator": rng(), "n0": 10, "looks": looks}
+    easy = sm.certify(model, x, **options)
+    assert easy.draws.tolist() == [210]
+    assert easy.radius.item() >= 0.5
+    lost = sm.certify(lambda z: torch.nn.functional.one_hot((z[:, 0] * 50).long() % 10, 10).double(), x,
+                      **{**options, "num_classes": 10})  # fmt: skip
+    assert lost.draws.tolist() == [210]
+    assert lost.prediction.tolist() == [sm.ABSTAIN]
+
+
+def test_one_look_is_the_published_procedure():
+    model, x = biased_coin(0.9)
+    options = {"sigma": 1.0, "num_classes": 2}
+    a = sm.certify(model, x, generator=rng(4), n=500, **options)
+    b = sm.certify(model, x, generator=rng(4), looks=sm.Looks((500,), (1.0,)), **options)
+    assert torch.equal(a.radius, b.radius)
+
+
+# --- summaries ------------------------------------------------------------------------------------------------------
+
+
+def test_certified_accuracy_counts_abstentions_as_wrong_even_at_zero():
+    found = sm.Certificates(
+        torch.tensor([1, 0, sm.ABSTAIN, 2]),
+        torch.tensor([0.5, 0.9, 0.0, 0.1], dtype=torch.float64),
+        torch.zeros(4, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.int64),
+    )
+    y = torch.tensor([1, 1, 1, 2])
+    assert sm.certified_accuracy(found, y, (0.0, 0.1, 0.3, 0.5, 0.6)).tolist() == [0.5, 0.5, 0.25, 0.25, 0.0]
+    assert sm.average_certified_radius(found, y) == pytest.approx(0.15)
+    assert sm.correct_radii(found, y).tolist() == pytest.approx([0.5, 0.0, 0.0, 0.1])
+    assert found.abstained.tolist() == [False, False, True, False]
+
+
+def test_radius_grows_with_the_count():
+    radius = sm.smoothing_radius(sm.lower_confidence_bound(torch.arange(501), 500, 0.001), 0.25)
+    assert all(b >= a for a, b in pairwise(radius.tolist()))
+    assert math.isfinite(radius[-1])
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sigma": 0.0}, "sigma must be positive"),
+        ({"sigma": -1.0}, "sigma must be positive"),
+        ({"alpha": 0.0}, "alpha must lie strictly"),
+        ({"alpha": 1.0}, "alpha must lie strictly"),
+        ({"n": 0}, "n must be an integer"),
+        ({"n0": 0}, "n0 must be an integer"),
+        ({"x": torch.zeros(2, 4, dtype=torch.int64)}, "floating point"),
+        ({"x": torch.zeros(0, 4)}, "at least one input"),
+        ({"x": torch.full((2, 4), float("nan"))}, "NaN"),
+        ({"num_classes": 3}, "num_classes"),
+    ],
+)
+def test_bad_input_is_one_sentence(change, words):
+    call = {"x": torch.zeros(2, 4), "sigma": 1.0, "num_classes": 2, "n": 50, "generator": rng(), **change}
+    with pytest.raises(InvalidInput, match=words):
+        sm.certify(nn.Linear(4, 2), call.pop("x"), **call)
+
+
+def test_broken_logits_and_hidden_randomness_are_refused():
+    with pytest.raises(InvalidInput, match="NaN or infinite logits"):
+        sm.vote_counts(lambda z: z * float("inf"), torch.ones(1, 2), 5, sigma=1.0, num_classes=2, generator=rng())
+    g = rng()
+
+    def dice(z):
+        return torch.randn(len(z), 2, generator=g)
+
+    with pytest.raises(Refused, match="stochastic=True"):
+        sm.certify(dice, torch.ones(1, 2), sigma=1.0, num_classes=2, generator=rng(), n=20)
+    sm.certify(dice, torch.ones(1, 2), sigma=1.0, num_classes=2, generator=rng(), n=20, stochastic=True)
+    with pytest.raises(InvalidInput, match="looks must increase"):
+        sm.Looks((10, 10), (0.5, 0.5))
+    with pytest.raises(InvalidInput, match="sum to at most 1"):
+        sm.Looks((10, 20), (0.9, 0.5))
