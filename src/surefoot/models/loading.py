@@ -147,7 +147,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     missing = sorted(k for k in own if k not in state and k not in tied)
     misshapen = [k for k in state if k in own and own[k].shape != state[k].shape]
     if missing or extra or misshapen:
-        problems = [f"lacks {missing[0]}"] * bool(missing) + [f"has an unknown {extra[0]}"] * bool(extra)
+        problems = [f"lacks {k}" for k in missing[:1]] + [f"has an unknown {k}" for k in extra[:1]]
         problems += [
             f"has {k} of shape {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in misshapen[:1]
         ]
