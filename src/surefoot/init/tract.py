@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -98,8 +99,10 @@ def patch_moment(
     apart = (kh <= sh and kw <= sw) or count * x.shape[1] * kh * kw <= SMALL
     moment = _whole_moment if apart else _row_moment
     per_image = x.shape[1] * columns * kw * (rows * kh if apart else height)
-    total = sum(moment(part, patches, rows, columns) for part in x.split(max(1, CHUNK // max(1, per_image))))
-    assert isinstance(total, Tensor)  # an empty batch never comes here
+    first, *others = x.split(max(1, CHUNK // max(1, per_image)))
+    total = moment(first, patches, rows, columns)
+    for part in others:
+        total += moment(part, patches, rows, columns)
     return total, count
 
 
@@ -157,7 +160,8 @@ class _Precondition(torch.autograd.Function):
                 "unapply TrAct where second derivatives are needed."
             )
         (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        half = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
             wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
             result = _preconditioned(grad.to(wide), x.to(wide), ctx.lam, ctx.patches, ctx.sync)
         return result.to(grad.dtype), None, None, None, None

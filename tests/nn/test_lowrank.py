@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surefoot.errors import InvalidInput, Refused, UnsupportedOp
+from surefoot.models.networks import mlp, small_cnn
+from surefoot.nn.lowrank import (
+    Adapter,
+    LowRank,
+    adapter_summary,
+    adapters,
+    attach_,
+    detach_,
+    match_layers,
+    randomized_svd,
+    truncate,
+)
+from surefoot.nn.lowrank_io import load_adapter_, save_adapter
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def with_spectrum(m: int, n: int, s: Tensor, seed: int = 0) -> Tensor:
+    u = torch.linalg.qr(draw(m, len(s), seed=seed)).Q
+    v = torch.linalg.qr(draw(n, len(s), seed=seed + 1)).Q
+    return (u * s) @ v.T
+
+
+def principal(name: str, weight: Tensor, rank: int = 2, scaling: float = 0.5) -> LowRank:
+    u, s, vh = randomized_svd(weight, min(rank, *weight.shape), niter=None)
+    root = (s / scaling).sqrt()
+    low = LowRank(root[:, None] * vh, u * root, scaling)
+    return LowRank(low.A, low.B, scaling, weight - low.delta())
+
+
+def lora(name: str, weight: Tensor) -> LowRank:
+    return LowRank(draw(2, weight.shape[1]).to(weight), torch.zeros(len(weight), 2).to(weight), 2.0)
+
+
+def train_a_little(model: nn.Module, x: Tensor) -> nn.Module:
+    """Two AdamW steps with weight decay on what requires a gradient."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+# --- numerics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(300, 200, 8), (200, 300, 8), (256, 256, 32)])
+def test_randomized_svd_is_within_one_percent_at_four_iterations(m: int, n: int, rank: int) -> None:
+    s = 1.0 / torch.arange(1, min(m, n) + 1, dtype=torch.float64)
+    w = with_spectrum(m, n, s)
+    best = s[rank:].norm()
+    errors = []
+    for niter in range(9):
+        runs = []
+        for seed in range(3):
+            g = torch.Generator().manual_seed(seed)
+            u, sv, vh = randomized_svd(w, rank, niter=niter, oversample=10, generator=g)
+            assert torch.allclose(u.T @ u, torch.eye(rank, dtype=w.dtype), atol=1e-10)
+            assert torch.allclose(vh @ vh.T, torch.eye(rank, dtype=w.dtype), atol=1e-10)
+            runs.append((w - (u * sv) @ vh).norm() / best)
+        errors.append(torch.stack(runs).mean().item())
+    assert all(a >= b - 1e-9 for a, b in itertools.pairwise(errors))
+    assert 1.0 - 1e-9 <= errors[4] <= 1.01 and errors[0] > 1.05
+
+
+def test_wider_default_sketch_reaches_one_percent_at_two_iterations() -> None:
+    s = 1.0 / torch.arange(1, 769, dtype=torch.float64)
+    w = with_spectrum(768, 768, s).float()
+    u, sv, vh = randomized_svd(w, 128, niter=2)
+    assert (w - (u * sv) @ vh).norm() < 1.01 * s[128:].norm()
+
+
+def test_randomized_svd_is_exact_where_the_sketch_is_not_thin_and_follows_the_generator() -> None:
+    w = draw(30, 20)
+    exact = torch.linalg.svd(w, full_matrices=False)
+    u, s, vh = randomized_svd(w, 3, niter=0)
+    assert torch.equal(s, exact.S[:3]) and torch.equal(u, exact.U[:, :3]) and torch.equal(vh, exact.Vh[:3])
+    big = draw(100, 90)
+    state = torch.random.get_rng_state()
+    one, two = (randomized_svd(big, 4, niter=1, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    other = randomized_svd(big, 4, niter=1, generator=torch.Generator().manual_seed(8))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)) and not torch.equal(one[1], other[1])
+    assert torch.equal(state, torch.random.get_rng_state())
+    for rank in (0, 21):
+        with pytest.raises(InvalidInput, match="rank must be between 1 and 20"):
+            randomized_svd(w, rank)
+
+
+def test_truncation_error_is_the_tail_of_the_core() -> None:
+    a, b = draw(6, 40), draw(30, 6, seed=1)
+    s = torch.linalg.svdvals(b @ a)[:6]
+    for rank in (1, 4, 6):
+        ta, tb, left = truncate(a, b, rank)
+        assert ta.shape == (rank, 40) and tb.shape == (30, rank)
+        assert torch.allclose(left, s[rank:])
+        assert torch.allclose(tb.T @ tb, ta @ ta.T)
+        error = b @ a - tb @ ta
+        spectral = torch.linalg.matrix_norm(error, 2)
+        assert torch.allclose(spectral, s[rank] if rank < 6 else spectral.new_zeros(()), atol=1e-10)
+    with pytest.raises(InvalidInput, match="rank must be between 1 and 6"):
+        truncate(a, b, 7)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def layers() -> list[tuple[str, nn.Module, Tensor]]:
+    return [
+        ("linear", nn.Linear(7, 5), draw(3, 7)),
+        ("no bias", nn.Linear(7, 5, bias=False), draw(3, 2, 7)),
+        ("conv", nn.Conv2d(3, 6, 3, stride=2, padding=1), draw(2, 3, 8, 8)),
+        ("conv options", nn.Conv2d(3, 6, (3, 2), padding=(2, 1), dilation=2, padding_mode="reflect"), draw(2, 3, 9, 9)),
+        ("conv same", nn.Conv2d(3, 6, 3, padding="same", bias=False), draw(2, 3, 5, 5)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "layer", "x"), layers(), ids=[c[0] for c in layers()])
+def test_start_training_merging_and_undoing(name: str, layer: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    tight = 1e-12 if dtype == torch.float64 else 2e-5
+    model, x = nn.Sequential(copy.deepcopy(layer)).to(dtype), x.to(dtype)
+    before, original = model(x), copy.deepcopy(model.state_dict())
+    attach_(model, match_layers(model), principal)
+    adapter = adapters(model)["0"]
+    assert torch.allclose(model(x), before, atol=tight, rtol=tight)
+    assert torch.allclose(adapter.weight, original["0.weight"], atol=tight)
+    frozen = adapter.base.weight.clone()
+    train_a_little(model, x)
+    assert torch.equal(adapter.base.weight, frozen)
+    assert not torch.allclose(adapter.A, adapter.A0) and not torch.allclose(adapter.B, adapter.B0)
+    merged = detach_(copy.deepcopy(model), merged=True)
+    assert type(merged[0]) is type(layer) and list(merged.state_dict()) == list(original)
+    assert torch.allclose(merged(x), model(x), atol=10 * tight, rtol=10 * tight)
+    assert not torch.allclose(merged(x), before, rtol=1e-3)
+    assert all(p.requires_grad for p in merged.parameters())
+    undone = detach_(copy.deepcopy(model), merged=False)
+    assert torch.allclose(undone[0].weight, original["0.weight"], atol=tight)
+    update = adapter.update()
+    moved = merged[0].weight.flatten(1) - original["0.weight"].flatten(1)
+    assert update.rank == 2 * adapter.A.shape[0] and torch.allclose(update.delta(), moved, atol=10 * tight)
+
+
+def test_plain_lora_keeps_the_weight_and_exports_rank_r() -> None:
+    model, x = nn.Sequential(nn.Linear(7, 5)).double(), draw(3, 7)
+    weight, before = model[0].weight.clone(), model(x)
+    attach_(model, match_layers(model), lora)
+    adapter = adapters(model)["0"]
+    assert torch.equal(model(x), before) and torch.equal(adapter.base.weight, weight)
+    assert adapter.update().rank == 2
+    train_a_little(model, x)
+    assert torch.equal(detach_(model, merged=False)[0].weight, weight)
+
+
+def test_transformers_conv1d_is_transposed_in_and_out() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model, x = nn.Sequential(conv1d(5, 7)).double(), draw(3, 7)
+    weight, before = model[0].weight.clone(), model(x)
+    attach_(model, match_layers(model), principal)
+    adapter = adapters(model)["0"]
+    assert adapter.kind == "conv1d" and adapter.A.shape == (2, 7) and adapter.B.shape == (5, 2)
+    assert torch.allclose(model(x), before, atol=1e-12)
+    train_a_little(model, x)
+    after = model(x)
+    assert torch.allclose(detach_(copy.deepcopy(model), merged=True)(x), after, atol=1e-12)
+    assert torch.allclose(detach_(model, merged=False)[0].weight, weight, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_code_that_reaches_into_the_layer_sees_the_adapted_weight(training: bool) -> None:
+    """MultiheadAttention reads out_proj.weight, and the fused evaluation path reads linear1.weight."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = draw(2, 4, 8, dtype=torch.float32)
+    attach_(block, match_layers(block), principal)
+    assert set(adapters(block)) == {"self_attn.out_proj", "linear1", "linear2"}
+    train_a_little(block, x)
+    block.train(training)
+    merged = detach_(copy.deepcopy(block), merged=True)
+    with torch.no_grad():
+        assert torch.allclose(block(x), merged(x), atol=1e-5)
+
+
+def test_half_precision_base_reports_drift_or_is_kept_in_float32() -> None:
+    x = draw(4, 32, dtype=torch.bfloat16)
+    plain = nn.Sequential(nn.Linear(32, 32)).bfloat16()
+    rough, kept = (attach_(copy.deepcopy(plain), ["0"], principal, keep_base_fp32=keep) for keep in (False, True))
+    assert 1e-6 < adapter_summary(rough)[0].drift < 2**-8
+    assert adapter_summary(kept)[0].drift < 1e-6
+    for model in (rough, kept):
+        assert model(x).dtype == torch.bfloat16
+        assert torch.allclose(model(x).float(), plain(x).float(), atol=0.03)
+    assert kept[0].base.weight.dtype == torch.float32 and rough[0].base.weight.dtype == torch.bfloat16
+
+
+def test_kept_original_is_restored_to_the_bit() -> None:
+    model = nn.Sequential(nn.Linear(9, 9))
+    weight = model[0].weight.clone()
+    attach_(model, match_layers(model), principal, keep_original=True)
+    assert torch.equal(detach_(model, merged=False)[0].weight, weight)
+
+
+def test_trainable_count_and_summary() -> None:
+    model = mlp((1, 8, 8), 10, hidden=(20,))
+    attach_(model, match_layers(model, exclude=["3"]), principal, trainable=["3"])
+    (line,) = adapter_summary(model)
+    assert (line.name, line.shape, line.rank, line.trainable) == ("1", (20, 64), 2, 2 * 84)
+    assert line.drift < 1e-6 and line.scaling == 0.5
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 84 + 10 * 20 + 10
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+        self.attention = nn.MultiheadAttention(4, 2)
+
+
+def test_matching_rules() -> None:
+    model = Tied()
+    assert list(match_layers(model)) == ["body", "attention.out_proj"]
+    assert list(match_layers(model, r"b\w+")) == ["body"]
+    assert list(match_layers(model, ["out_proj"])) == ["attention.out_proj"]
+    with pytest.raises(Refused, match="tied"):
+        match_layers(model, ["head"])
+    for target in ("embed", "grouped", "attention"):
+        with pytest.raises(UnsupportedOp, match=f"'{target}'"):
+            match_layers(model, [target])
+    for nothing in ("nowhere", ["nowhere"], "embed"):
+        with pytest.raises(InvalidInput, match="matches no layer"):
+            match_layers(model, nothing)
+    cnn = small_cnn((1, 8, 8), 10)
+    assert all(isinstance(m, nn.Conv2d | nn.Linear) for m in match_layers(cnn).values())
+
+
+def test_unusable_weights_are_named() -> None:
+    def refused(layer: nn.Module, error: type[Exception], match: str) -> None:
+        model = nn.Sequential(nn.Linear(3, 3), layer)
+        before = copy.deepcopy(model[0].state_dict())
+        with pytest.raises(error, match=match):
+            attach_(model, match_layers(model), principal)
+        assert type(model[0]) is nn.Linear and torch.equal(before["weight"], model[0].weight)
+
+    broken = nn.Linear(3, 3)
+    broken.weight.data[0, 0] = float("nan")
+    refused(broken, InvalidInput, "'1' holds NaN")
+    refused(nn.Linear(3, 3, device="meta"), InvalidInput, "'1' is on the meta device")
+    integer = nn.Linear(3, 3).requires_grad_(False)
+    integer.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+    refused(integer, InvalidInput, "'1' is torch.int8.*dequantize")
+    refused(nn.LazyLinear(3), InvalidInput, "'1' is lazy")
+    refused(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), Refused, "'1' is computed")
+
+
+def test_a_second_adapter_and_a_missing_one_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(InvalidInput, match="no adapter"):
+        detach_(model, merged=True)
+    attach_(model, match_layers(model), principal)
+    with pytest.raises(Refused, match="already carries"):
+        match_layers(model)
+    with pytest.raises(InvalidInput, match="not a module"):
+        attach_(nn.Sequential(nn.Linear(3, 3)), ["0"], principal, trainable=["head"])
+    root = attach_(nn.Linear(3, 4), [""], principal)
+    assert isinstance(root, Adapter) and type(detach_(root, merged=True)) is nn.Linear
+
+
+# --- native files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [principal, lora])
+def test_native_file_round_trip(tmp_path: Path, factor: Callable[[str, Tensor], LowRank]) -> None:
+    base, x = small_cnn((1, 8, 8), 10), draw(4, 1, 8, 8, dtype=torch.float32)
+    model = attach_(copy.deepcopy(base), match_layers(base), factor)
+    train_a_little(model, x)
+    model.eval()
+    save_adapter(model, tmp_path / "a.safetensors")
+    again = copy.deepcopy(base)
+    for name, buffer in model.named_buffers():  # batch-norm statistics moved, and are no part of an adapter
+        if "running" in name:
+            again.get_buffer(name).copy_(buffer)
+    other = copy.deepcopy(again)
+    load_adapter_(again, tmp_path / "a.safetensors").eval()
+    assert torch.allclose(again(x), model(x), atol=1e-5)
+    back = detach_(again, merged=False)
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(back.parameters(), base.parameters(), strict=True))
+    other[0].weight.data += 1e-3
+    with pytest.raises(Refused, match=r"another base.*'0'"):
+        load_adapter_(other, tmp_path / "a.safetensors")
+    with pytest.raises(Refused, match="already carries"):
+        load_adapter_(model, tmp_path / "a.safetensors")
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        load_adapter_(nn.Sequential(nn.Linear(3, 3)), tmp_path / "text")
+    save_file({"x": torch.ones(1)}, str(tmp_path / "other"))
+    with pytest.raises(InvalidInput, match="not a native adapter file"):
+        load_adapter_(nn.Sequential(nn.Linear(3, 3)), tmp_path / "other")
