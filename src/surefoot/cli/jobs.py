@@ -225,10 +225,9 @@ def run_harden(
 
 def summary_lines(result: Hardened) -> list[str]:
     """The headline changes, one line each: name, before, after, paired interval, outcome."""
-    headlines = {f.name for f in result.before.findings}
     lines = []
     for c in result.comparisons:
-        if c.name in headlines:
+        if c.headline:
             interval = "" if c.low is None else f" ({c.low:+.3g} to {c.high:+.3g})"
             lines.append(f"{c.name}: {c.before:.4g} → {c.after:.4g} {c.unit}{interval}, {c.outcome}")
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Comparison:
     low: float | None
     high: float | None
     n: int
+    headline: bool = True  # False for the parts behind a headline
 
     @property
     def outcome(self) -> str:
@@ -83,7 +84,7 @@ def compare(before: Audit, after: Audit) -> tuple[Comparison, ...]:
         if second is not None:
             rows.append(_pair(first, second))
             named = {part.name: part for part in second.parts}
-            rows += [_pair(part, named[part.name]) for part in first.parts if part.name in named]
+            rows += [replace(_pair(p, named[p.name]), headline=False) for p in first.parts if p.name in named]
     return tuple(rows)
 
 

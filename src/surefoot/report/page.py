@@ -161,14 +161,14 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: Finding, applied: Iterable[str] = ()) -> dict[str, Any]:
     bad = severity(finding)
     return {
         "f": finding,
         "severity": bad,
         "tone": "bad" if bad > 0.5 else "middling" if bad > 0.15 else "good",
         "pictures": [_picture(p) for p in finding.pictures],
-        "fixes": fixes(finding.fix),
+        "fixes": fixes(slug for slug in finding.fix if slug not in set(applied)),
         "details": json.dumps(plain(finding.details), indent=1),
     }
 
@@ -196,9 +196,8 @@ def write_audit_report(result: Audit, folder: Path) -> Path:
 def write_harden_report(result: Hardened, folder: Path) -> Path:
     """`index.html` and `harden.json` in `folder`; returns the HTML's path."""
     _write(folder / "harden.json", json.dumps(plain(result.to_dict()), indent=1))
-    findings = sorted((_finding(f) for f in result.after.findings), key=lambda f: -f["severity"])
-    names = {f.name for f in result.before.findings}
-    headlines = [c for c in result.comparisons if c.name in names]
+    applied = [str(t["slug"]) for t in result.treatments]
+    findings = sorted((_finding(f, applied) for f in result.after.findings), key=lambda f: -f["severity"])
     stack = [{**t, "method": catalog.find(t["slug"])} for t in result.treatments]
     return _render(
         "harden.html",
@@ -207,7 +206,8 @@ def write_harden_report(result: Hardened, folder: Path) -> Path:
         audit=result.after,
         result=result,
         findings=findings,
-        headlines=headlines,
+        headlines=[c for c in result.comparisons if c.headline],
+        details=[c for c in result.comparisons if not c.headline],
         stack=stack,
         citations=catalog.bibtex([t["method"] for t in stack]),
     )
