@@ -119,7 +119,7 @@ def test_the_plots_are_drawn(tmp_path, width):
     path = write_harden_report(hardened(), tmp_path / "r")
     dom = browse(path, tmp_path, width, "--dump-dom").stdout
     assert dom.count('class="main-svg"') >= 1
-    assert dom.count('class="point"') == 2  # three bars, one of them NaN and left out
+    assert dom.count('class="point"') == 3
     shot = tmp_path / "shot.png"
     browse(path, tmp_path, width, f"--screenshot={shot}")
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
