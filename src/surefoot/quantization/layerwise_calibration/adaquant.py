@@ -225,6 +225,7 @@ def tune_layer(
 
     start, before = loss_on(fit), loss_on(slice(None))
     best, best_values = loss_on(test), [parameter.detach().clone() for parameter in tuned]
+    alive = (layer.weight.detach() != 0).to(layer.weight.dtype)  # an exact zero was pruned, and stays so
     every = max(1, iters // checks)
     n = len(inputs) - held
     for parameter in tuned:
@@ -234,7 +235,7 @@ def tune_layer(
         with torch.enable_grad():
             gradients = torch.autograd.grad(_loss(layer, inputs[index], targets[index], relu), tuned)
         for parameter, gradient in zip(tuned, gradients):
-            parameter.grad = gradient
+            parameter.grad = gradient * alive if parameter is layer.weight else gradient
         for optimizer in optimizers:
             optimizer.step()
         _keep_in_range(layer)

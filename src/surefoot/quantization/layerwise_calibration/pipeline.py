@@ -77,7 +77,7 @@ def calibrate_pipeline(
     options: Iterable[int | Bits] = (2, 4, 8),
     base: int | Bits = 8,
     iters: int = 400,
-    bias_epochs: int = 10,
+    bias_epochs: int = 3,
     prior: float = 4.0,
     batch_size: int = 50,
     rates: Rates | None = None,

@@ -138,6 +138,7 @@ def tune_biases(
     loader: Tensor | Iterable[Tensor | Sequence[Tensor]],
     epochs: int = 10,
     *,
+    repeats: int = 20,
     lr: float = 1e-3,
     batch_size: int = 50,
     ranges: bool = False,
@@ -145,10 +146,11 @@ def tune_biases(
 ) -> nn.Module:
     """A copy of a quantized model whose biases (with `ranges`, its quantizers' ranges too) follow the float teacher.
 
-    Trained end to end by Adam on `distillation_loss`; the epoch with the least loss on held-out samples is kept, the
-    start included. Biases are few, so a few samples are enough.
+    Trained end to end by Adam on `distillation_loss`, an epoch being `repeats` passes over the samples; the epoch with the
+    least loss on held-out samples is kept, the start included. Biases are few, so a few samples are enough.
     """
     check_at_least("epochs", epochs, 0)
+    check_at_least("repeats", repeats, 1)
     check_at_least("batch_size", batch_size, 1)
     check_positive("lr", lr)
     x, _ = calibration_inputs(loader)
@@ -161,7 +163,7 @@ def tune_biases(
         if ranges:
             tuned.extend(layer.weight_quantizer.parameters())
             tuned.extend(layer.input_quantizer.parameters() if layer.input_quantizer is not None else ())
-    distil(model, teacher, x, tuned, epochs=epochs, lr=lr, batch_size=batch_size, generator=generator)
+    distil(model, teacher, x, tuned, epochs=epochs, repeats=repeats, lr=lr, batch_size=batch_size, generator=generator)  # fmt: skip
     for parameter, flag in zip(model.parameters(), flags):
         parameter.requires_grad_(flag)
     return model
@@ -174,6 +176,7 @@ def distil(
     tuned: Sequence[nn.Parameter],
     *,
     epochs: int,
+    repeats: int = 1,
     lr: float,
     batch_size: int = 50,
     generator: torch.Generator | None = None,
@@ -192,7 +195,8 @@ def distil(
     for parameter in tuned:
         parameter.requires_grad_(True)
     for _ in range(epochs):
-        for index in torch.randperm(n, generator=generator, device=generator.device).to(x.device).split(batch_size):
+        passes = [torch.randperm(n, generator=generator, device=generator.device) for _ in range(repeats)]
+        for index in (batch.to(x.device) for order in passes for batch in order.split(batch_size)):
             with torch.enable_grad():
                 loss = distillation_loss(model(x[index].to(device)), targets[index.cpu()].to(device))
                 gradients = torch.autograd.grad(loss, list(tuned))
