@@ -145,7 +145,7 @@ def _score_one(model: nn.Module, data: Data, kind: str, batch_size: int) -> tupl
             else:
                 engine = engine or (pick_engine(model, x, y) if kind == "grand" else None)
                 values = gradient_norms(model, x, y, mode=GRADIENTS[kind], chunk_size=batch_size, engine=engine)
-            length = torch.linalg.vector_norm(x.flatten(1).double(), dim=1)
+            length = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
             for column, part in zip(columns, (values.double(), y, length, index), strict=True):
                 column.append(part.detach().cpu())
     values, labels, length, index = (torch.cat(column) for column in columns)

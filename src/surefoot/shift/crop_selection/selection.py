@@ -73,11 +73,19 @@ def grey_levels(
     return levels[:, 0] if levels.shape[1] == 1 else levels.sum(1, dtype=torch.int32) // levels.shape[1]
 
 
+def check_pixels(x: Tensor) -> None:
+    check(
+        x.dtype == torch.uint8 or x.is_floating_point(),
+        f"Images must be uint8 or floating point in [0, 1], got {x.dtype}.",
+    )
+    if x.is_floating_point():  # a sum is finite only if each term is, and is much cheaper than looking at each
+        check(bool(x.detach().sum().isfinite()), "Images must be finite, got NaN or infinity.")
+
+
 def to_bytes(x: Tensor) -> Tensor:  # uint8
     if x.dtype == torch.uint8:
         return x
-    check(x.is_floating_point(), f"Images must be uint8 or floating point in [0, 1], got {x.dtype}.")
-    check(bool(x.isfinite().all()), "Images must be finite, got NaN or infinity.")
+    check_pixels(x)
     return (x.detach() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -111,15 +119,30 @@ def score_map(
         check(tuple(answer.shape) == expected, f"score must return a map {list(expected)}, got {list(answer.shape)}.")
         check(bool(answer.isfinite().all()), "score returned NaN or infinity.")
         return answer
+    return _responses(_scored_part(grey, crop_size, score), crop_size, score)
+
+
+def _reach(crop_size: tuple[int, int], score: str) -> int:
     check_choice("score", score, ("dog", "center", "random"))
-    narrow, wide = dog_orders(crop_size)
-    reach = 1 if score == "center" else wide // 2
-    top, left = crop_size[0] // 2 - reach, crop_size[1] // 2 - reach
-    part = grey[:, top : top + a + 2 * reach, left : left + b + 2 * reach]
+    return 1 if score == "center" else dog_orders(crop_size)[1] // 2
+
+
+def _scored_part(x: Tensor, crop_size: tuple[int, int], score: str) -> Tensor:
+    """The pixels, of `[..., H, W]`, that the filters read: about as many as there are positions."""
+    reach = _reach(crop_size, score)
+    rows, columns = (
+        slice(c // 2 - reach, c // 2 + side - c + 1 + reach) for side, c in zip(x.shape[-2:], crop_size, strict=True)
+    )
+    return x[..., rows, columns]
+
+
+def _responses(part: Tensor, crop_size: tuple[int, int], score: str) -> Tensor:
     if score == "center":
         return _binomial(part, 2)
+    narrow, wide = dog_orders(crop_size)
+    a, b = part.shape[1] - wide, part.shape[2] - wide
     if score == "random":
-        return _random_filter(part, 2 * reach + 1, a, b)
+        return _random_filter(part, wide + 1, a, b)
     small = _binomial(part, narrow)
     large = _binomial(small, wide - narrow)
     margin = (wide - narrow) // 2
@@ -171,15 +194,19 @@ def select_positions(
     score: Score = "dog",
 ) -> Tensor:  # int64 [B, 2], top-left corners
     """The best-scoring crop of each image; among equal scores the one whose bytes come first, wherever it lies."""
-    pixels = to_bytes(x)
-    scores = score_map(grey_levels(pixels), crop_size, score)
+    grid_size((x.shape[2], x.shape[3]), crop_size)
+    check_pixels(x)
+    if callable(score):
+        scores = score_map(grey_levels(x), crop_size, score)
+    else:
+        scores = _responses(grey_levels(_scored_part(x, crop_size, score)), crop_size, score)
     width = scores.shape[2]
     best = scores.flatten(1) == scores.flatten(1).amax(1, keepdim=True)
     place = torch.arange(best.shape[1], device=x.device)
     first = torch.where(best, place, best.shape[1]).amin(1)
     tied = (best.sum(1) > 1).nonzero().flatten()
     if len(tied):
-        ranks = content_ranks(pixels[tied], crop_size).flatten(1)
+        ranks = content_ranks(to_bytes(x[tied]), crop_size).flatten(1)
         key = torch.where(best[tied], ranks * best.shape[1] + place, torch.iinfo(torch.int64).max)
         first[tied] = key.amin(1) % best.shape[1]
     return torch.stack([first // width, first % width], 1)
