@@ -1,0 +1,131 @@
+"""The instrument must count proofs only, name what it cannot bound, and agree with brute force where that is possible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from surefoot.certified.verified_accuracy import VerifiedAccuracy, neuron_count
+from surefoot.core.contracts import check_instrument
+from surefoot.core.statistics import wilson_interval
+from surefoot.core.subject import Subject, predict
+from surefoot.core.task import Split, Task, Training
+from surefoot.datasets.embedded import digits
+from surefoot.errors import InvalidInput
+from surefoot.models import mlp, seeded_build
+from surefoot.training.loop import fit
+
+
+@pytest.fixture(scope="module")
+def digits_subject() -> tuple[Subject, Task]:
+    task = digits(0, sizes=(600, 100, 200)).changed(budget="quick")
+    model = seeded_build(lambda: mlp((1, 8, 8), 10, hidden=(32, 32)), torch.Generator().manual_seed(0))
+    run = fit(model, task, Training(epochs=8, lr=3e-3))
+    return Subject(run.model, "mlp", "image", (1, 8, 8), 10), task
+
+
+def test_finding(digits_subject):
+    subject, task = digits_subject
+    finding = VerifiedAccuracy(eps=0.03).measure(subject, task)
+    count = round(finding.value * finding.n)
+    assert finding.n == 32
+    assert (finding.low, finding.high) == wilson_interval(count, finding.n)
+    assert finding.samples is not None
+    assert finding.samples.mean() == finding.value
+    assert finding.fix == ("fast_ibp",)
+    assert f"{count} of 32" in finding.sentence
+    clean, *curve, by_ibp = (part.value for part in finding.parts)
+    assert clean >= curve[0] >= curve[1] >= curve[2] == finding.value >= by_ibp
+    assert 0 < finding.value < 1
+
+
+def test_no_proven_image_is_broken_by_an_attack(digits_subject):
+    subject, task = digits_subject
+    eps = 0.03
+    finding = VerifiedAccuracy(eps=eps).measure(subject, task)
+    split = task.sample("verified_accuracy", 32)
+    assert finding.samples is not None
+    proven = torch.from_numpy(finding.samples).bool()
+    x, y = split.x[proven], split.labels[proven]
+    noise = torch.Generator().manual_seed(0)
+    tried = 0
+    for _ in range(60):
+        point = (x + eps * (2 * torch.rand(x.shape, generator=noise) - 1)).clamp(0, 1)
+        for _ in range(10):
+            point.requires_grad_()
+            (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(subject.model(point), y), point)
+            point = (point + 0.3 * eps * gradient.sign()).detach().clamp(x - eps, x + eps).clamp(0, 1)
+            assert (predict(subject.model, point).argmax(1) == y).all()
+            tried += len(point)
+    assert tried >= 10_000
+
+
+class Gate(nn.Module):
+    """Class 1 exactly where the first pixel exceeds one half: the verified radius is the distance from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2, bias=True)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+            self.fc.bias.copy_(torch.tensor([0.5, 0.0]))
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+def test_exact_shares_and_ties():
+    pixels = torch.tensor([0.75, 0.625, 0.5625, 0.25, 0.9])  # powers of two: eps 0.125 meets 0.625 exactly
+    x = torch.stack([pixels, torch.zeros(5)], 1).reshape(5, 1, 1, 2)
+    y = torch.tensor([1, 1, 1, 0, 0])
+    split = Split(x, y)
+    task = Task("gate", split, split, split, 2)
+    subject = Subject(Gate(), "gate", "image", (1, 1, 2), 2)
+    finding = VerifiedAccuracy(eps=0.125).measure(subject, task)
+    assert finding.samples is not None
+    assert finding.samples.tolist() == [1, 0, 0, 1, 0]  # the tie at 0.625 is no proof; the last one is wrong anyway
+    assert finding.parts[0].value == 0.8
+    assert finding.parts[1].samples is not None
+    assert finding.parts[1].samples.tolist() == [1, 1, 1, 1, 0]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        return self.fc(flat * torch.softmax(flat, 1))
+
+
+def test_unsupported_models_are_named(digits_subject):
+    subject, task = digits_subject
+    odd = subject.with_model(Attention())
+    reason = VerifiedAccuracy().unfit(odd, task)
+    assert reason is not None
+    assert "softmax" in reason
+    with pytest.raises(InvalidInput, match="softmax"):
+        VerifiedAccuracy().measure(odd, task)
+    assert VerifiedAccuracy().unfit(subject, task) is None
+
+
+def test_large_nets_get_crown_ibp_and_a_warning(digits_subject):
+    subject, task = digits_subject
+    assert neuron_count(subject.model, task.test.x[:1]) == 64
+    full, cheap = VerifiedAccuracy(eps=0.03), VerifiedAccuracy(eps=0.03, crown_neurons=10)
+    assert full.measure(subject, task).warnings == ()
+    finding = cheap.measure(subject, task)
+    assert "64 ReLU neurons" in finding.warnings[0]
+    assert finding.value <= full.measure(subject, task).value
+
+
+def test_contracts(digits_subject):
+    check_instrument(VerifiedAccuracy(), *digits_subject)
+
+
+@pytest.mark.parametrize("settings", [{"eps": 0.0}, {"eps": float("nan")}, {"crown_neurons": -1}])
+def test_bad_settings(settings):
+    with pytest.raises(InvalidInput, match=next(iter(settings))):
+        VerifiedAccuracy(**settings)
