@@ -139,7 +139,7 @@ class _Lab:
         return 1.0 - found.broken.double().mean().item()
 
     def white_box(self, eps: float, steps: int) -> float:
-        return self.accuracy(pgd, eps=eps, steps=steps, random_start=False, step_size=eps if steps == 1 else None)
+        return self.accuracy(pgd, eps=eps, steps=steps, random_start=False)
 
     def noise(self, eps: float, draws: int) -> float:
         """Accuracy under the worst of `draws` points from the ball."""

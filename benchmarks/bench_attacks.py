@@ -1,0 +1,149 @@
+"""Attacks beside torchattacks and foolbox: same network, same images, same steps, equal robust accuracy.
+
+An adversarially trained CNN on digits (8 x 8) and one on digits blown up to 28 x 28. Ours and the peer run in turn in one process
+on one thread, five times each after one untimed run; the median counts. `quality` gives the robust accuracy of both: a time
+counts only if ours is no more than half a point above the peer's. Memory: what the call adds to the resident memory of the process.
+
+The peer's AutoAttack runs APGD and APGD-T with 10 steps, FAB-T with 10, Square with 5000 queries; our suite does the same
+without FAB-T.
+
+Run: python benchmarks/bench_attacks.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.core.cost import Meter
+from surefoot.core.task import Training
+from surefoot.core.treatment import Batch, Treatment
+from surefoot.datasets.embedded import digits
+from surefoot.models import small_cnn
+from surefoot.nn.attacks import apgd, pgd, pgd_train, square, standard_suite
+from surefoot.training.loop import fit
+
+EPS, STEPS, RUNS = 0.1, 20, 5
+Attack = Callable[[], Tensor]  # -> [N, ...] attacked images
+
+
+class AdversarialTraining(Treatment):
+    slug = "pgd_training"
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        moved = pgd_train(model, batch.x, batch.y, eps=EPS, steps=4, generator=batch.generator)
+        return nn.functional.cross_entropy(model(moved), batch.y)
+
+
+def subject(size: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    task = digits(0, sizes=(1000, 197, 600), image_size=size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = small_cnn(task.input_shape, 10)
+    run = fit(model, task, Training(epochs=20 if size == 8 else 6, lr=2e-3), (AdversarialTraining(),))
+    return run.model.eval(), task.test.x[:n], task.test.labels[:n]
+
+
+def timed(attack: Attack) -> tuple[float, float, Tensor]:
+    """Seconds, MB added, attacked images."""
+    before = _resident_mb()
+    with Meter() as meter:
+        start = time.perf_counter()
+        found = attack()
+        seconds = time.perf_counter() - start
+    return seconds, max((meter.cost.peak_mb or 0.0) - before, 0.0), found
+
+
+def _resident_mb() -> float:
+    with Meter() as meter:
+        pass
+    return meter.cost.peak_mb or 0.0
+
+
+def row(what: str, ours: Attack, peer: str, theirs: Attack | None, model: nn.Module, y: Tensor) -> dict:
+    def robust(x: Tensor) -> float:
+        with torch.no_grad():
+            return (model(x).argmax(1) == y).double().mean().item()
+
+    sides = [ours] if theirs is None else [ours, theirs]
+    runs = [[timed(side) for side in sides] for _ in range(RUNS + 1)][1:]
+    seconds = [statistics.median(run[k][0] for run in runs) for k in range(len(sides))]
+    memory = [statistics.median(run[k][1] for run in runs) for k in range(len(sides))]
+    accuracy = [robust(runs[-1][k][2]) for k in range(len(sides))]
+    found = {"what": what, "ours_s": seconds[0], "peer": peer, "peer_s": None, "ratio": None, "ours_mb": memory[0], "peer_mb": None}  # fmt: skip
+    if theirs is None:
+        return found | {"quality": f"robust accuracy {accuracy[0]:.3f}", "note": f"{peer} is not installed"}
+    quality = f"robust accuracy {accuracy[0]:.3f} | {accuracy[1]:.3f}"
+    if accuracy[0] > accuracy[1] + 0.005:
+        quality += " NOT EQUAL"
+    return found | {"peer_s": seconds[1], "peer_mb": memory[1], "ratio": seconds[0] / seconds[1], "quality": quality}
+
+
+def _peer(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _foolbox(model: nn.Module, x: Tensor, y: Tensor) -> Attack | None:
+    foolbox = _peer("foolbox")
+    if foolbox is None:
+        return None
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    attack = foolbox.attacks.LinfPGD(steps=STEPS, abs_stepsize=2.5 * EPS / STEPS, random_start=True)
+    return lambda: attack(wrapped, x, y, epsilons=EPS)[1]
+
+
+def compare(size: int, n: int) -> list[dict]:
+    model, x, y = subject(size, n)
+    peer, name = _peer("torchattacks"), f"{n} digits {size}x{size}"
+
+    def theirs(kind: str, **settings) -> Attack | None:
+        if peer is None:
+            return None
+        attack = getattr(peer, kind)(model, eps=EPS, **settings)
+        return lambda: attack(x, y)
+
+    def fresh() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    def suite() -> dict:
+        return {"eps": EPS, "batch_size": n, "generator": fresh()}
+
+    own_pgd = lambda: pgd(model, x, y, eps=EPS, steps=STEPS, generator=fresh()).x  # noqa: E731
+    own_apgd = lambda: apgd(model, x, y, eps=EPS, steps=100, generator=fresh()).x  # noqa: E731
+    own_targeted = lambda: standard_suite(model, x, y, attacks=("apgd-t",), steps=50, **suite()).x  # noqa: E731
+    own_square = lambda: square(model, x, y, eps=EPS, queries=500, generator=fresh()).x  # noqa: E731
+    rows = [
+        row(f"PGD-{STEPS}, {name}", own_pgd, "torchattacks", theirs("PGD", alpha=2.5 * EPS / STEPS, steps=STEPS), model, y),
+        row(f"PGD-{STEPS}, {name}", own_pgd, "foolbox", _foolbox(model, x, y), model, y),
+        row(f"PGD-{STEPS} of a training loop, {name}", lambda: pgd_train(model, x, y, eps=EPS, steps=STEPS, generator=fresh()),
+            "torchattacks", theirs("PGD", alpha=2.5 * EPS / STEPS, steps=STEPS), model, y),
+        row(f"APGD-CE 100, {name}", own_apgd, "torchattacks", theirs("APGD", steps=100), model, y),
+        row(f"APGD-T 50, {name}", own_targeted, "torchattacks", theirs("APGDT", steps=50, n_classes=10), model, y),
+        row(f"Square 500, {name}", own_square, "torchattacks", theirs("Square", n_queries=500), model, y),
+    ]  # fmt: skip
+    if size == 8:
+        own_suite = lambda: standard_suite(model, x, y, steps=10, **suite()).x  # noqa: E731
+        rows.append(row(f"suite, {name}", own_suite, "torchattacks AutoAttack", theirs("AutoAttack", n_classes=10), model, y))  # fmt: skip
+    return rows
+
+
+def rows() -> list[dict]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return compare(8, 600) + compare(28, 200)
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    for entry in rows():
+        print(entry)
