@@ -75,6 +75,26 @@ def test_gradients_pass_straight_through_and_reach_the_range():
     assert low.grad.item() == pytest.approx(1.0)  # only the clipped value moves with the grid
 
 
+@pytest.mark.parametrize("channels", [None, 4])
+def test_the_fused_gradient_is_that_of_the_equations(channels):
+    x = draw(4, 30, dtype=torch.float64)
+    shape = () if channels is None else (channels,)
+    width, low = torch.full(shape, 2.0, dtype=torch.float64), torch.full(shape, -0.9, dtype=torch.float64)
+    weight = draw(4, 30, seed=1, dtype=torch.float64)
+
+    def plain(x, width, low):
+        step = (width if channels is None else width[:, None]) / 7
+        zero = round_through((low if channels is None else low[:, None]) / step) * step
+        return round_through(((x - zero) / step).clamp(0, 7)) * step + zero
+
+    found = []
+    for function in (lambda *inputs: quantize(*inputs, 3), plain):
+        inputs = [tensor.clone().requires_grad_(True) for tensor in (x, width, low)]
+        found.append(torch.autograd.grad((function(*inputs) * weight).sum(), inputs))
+    for ours, reference in zip(*found):
+        assert torch.allclose(ours, reference, atol=1e-12)
+
+
 def test_round_through_gives_exact_integers():
     x = draw(10_000) * 1000
     assert torch.equal(round_through(x), x.round())

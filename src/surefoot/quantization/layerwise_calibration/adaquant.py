@@ -213,7 +213,8 @@ def tune_layer(
     if relu:
         targets = targets.relu()
     groups = _parameter_groups(layer, targets, rates)
-    optimizers = [torch.optim.Adam(parameters, lr) for parameters, lr in groups]
+    fused = inputs.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam([{"params": parameters, "lr": lr} for parameters, lr in groups], fused=fused)
     tuned = [parameter for parameters, _ in groups for parameter in parameters]
     flags = [parameter.requires_grad for parameter in layer.parameters()]
     layer.requires_grad_(False)
@@ -236,8 +237,7 @@ def tune_layer(
             gradients = torch.autograd.grad(_loss(layer, inputs[index], targets[index], relu), tuned)
         for parameter, gradient in zip(tuned, gradients):
             parameter.grad = gradient * alive if parameter is layer.weight else gradient
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         _keep_in_range(layer)
         if (step + 1) % every == 0 or step + 1 == iters:
             now = loss_on(test)
