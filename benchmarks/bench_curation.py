@@ -1,7 +1,7 @@
 """Data diet and crop selection against the plain way of getting the same numbers, on one thread.
 
-`rows()` gives one dictionary a comparison: processor seconds (median of five, so that a busy machine does not count) of ours and of the peer, their ratio, and how far the answers
-agree. Run as a script, it prints them.
+`rows()` gives one dictionary a comparison: seconds of ours and of the peer (processor time, median of five, in turns, so that a busy
+machine does not count), their ratio, and how far the answers agree. Run as a script, it prints them.
 """
 
 from __future__ import annotations

@@ -144,6 +144,7 @@ def test_certificate_is_exhaustively_true(levels):
     spans = range(-m, m + 1)
     contents = torch.stack([wrapped.crop(windows(frames, window, (dy, dx))) for dy in spans for dx in spans], 1)
     same = (contents == contents[:, :1]).flatten(1).all(1)
+    assert torch.equal(wrapped.certify(F.pad(frames, [1] * 4), m), certified)  # larger frames are cut to what is needed
     assert certified.any()
     assert not certified.all()
     assert same[certified].all()
@@ -325,7 +326,7 @@ def test_bad_input():
         (lambda: wrapped(x.where(x < 0.5, torch.nan)), "finite"),
         (lambda: wrapped(x.long()), "uint8 or floating"),
         (lambda: wrapped(x[:, :, 1:]), r"Images must be \[B, C, 16, 16\]"),
-        (lambda: wrapped.certify(torch.rand(1, 1, 17, 17), 1), r"frame must be \[B, C, 18, 18\]"),
+        (lambda: wrapped.certify(torch.rand(1, 1, 17, 17), 1), r"frame must be at least \[B, C, 18, 18\]"),
         (lambda: CropSelection(Flatten(), 16, 9, lambda g, c: g)(x), r"score must return a map \[2, 8, 8\]"),
         (lambda: CropSelection(Flatten(), 16, 9, lambda g, c: g[:, :8, :8] * torch.nan)(x), "score returned NaN"),
         (lambda: crop_size_for_consistency(32, 1.0), "only mode='cyclic' reaches 1"),

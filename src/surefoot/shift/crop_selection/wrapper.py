@@ -25,6 +25,7 @@ from surefoot.shift.crop_selection.selection import (
     select_positions,
     wrap_around,
 )
+from surefoot.shift.crop_selection.translation import windows
 
 
 class CropSelection(nn.Module):
@@ -74,7 +75,7 @@ class CropSelection(nn.Module):
     def certify(self, frame: Tensor, max_shift: int = 1) -> Tensor | None:  # bool [B]
         """True where no shift of the centre window by at most `max_shift` pixels (each axis) selects other content.
 
-        `frame` `[B, C, H + 2m, W + 2m]` holds every window; certified iff its best crop lies in all of them. None for
+        `frame` `[B, C, H + 2m, W + 2m]` (larger ones are cut to that) holds every window; certified iff its best crop lies in all. None for
         frames of the bare window size: unseen border pixels may always score higher. Cyclic selection is invariant by itself.
         """
         check_at_least("max_shift", max_shift, 0)
@@ -85,9 +86,9 @@ class CropSelection(nn.Module):
         size = tuple(frame.shape[-2:])
         if size == self.image_size and max_shift > 0:
             return None
-        wanted = tuple(s + 2 * max_shift for s in self.image_size)
-        check(frame.dim() == 4 and size == wanted, f"frame must be [B, C, {wanted[0]}, {wanted[1]}] for shifts up to {max_shift}, got {list(frame.shape)}.")  # fmt: skip
-        positions = select_positions(frame, self.crop_size, self.score)
+        height, width = (s + 2 * max_shift for s in self.image_size)
+        check(frame.dim() == 4 and size[0] >= height and size[1] >= width, f"frame must be at least [B, C, {height}, {width}] for shifts up to {max_shift}, got {list(frame.shape)}.")  # fmt: skip
+        positions = select_positions(windows(frame, (height, width)), self.crop_size, self.score)
         last = torch.tensor(grid_size(self.image_size, self.crop_size), device=frame.device) - 1
         return ((positions >= 2 * max_shift) & (positions <= last)).all(1)
 
