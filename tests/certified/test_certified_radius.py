@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from surefoot.certified.certified_radius import CertifiedRadius, mean_interval, share_interval
+from surefoot.certified.certified_radius import CertifiedRadius
 from surefoot.certified.dual_smoothing import DualSmoothedClassifier
+from surefoot.core.contracts import check_instrument
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
 from surefoot.errors import InvalidInput
@@ -139,15 +140,13 @@ def test_saturated_radii_get_a_warning():
     assert any("more draws would show more" in w for w in finding.warnings)
 
 
-def test_intervals():
-    values = np.array([0.0, 0.1, 0.4, 0.5])
-    low, high = mean_interval(values)
-    expected = stats.t.interval(0.95, 3, values.mean(), stats.sem(values))
-    assert (low, high) == pytest.approx((max(0.0, expected[0]), expected[1]))
-    ci = stats.binomtest(7, 20).proportion_ci(0.95)
-    assert share_interval(7, 20) == pytest.approx((ci.low, ci.high))
-    assert share_interval(0, 20)[0] == 0.0
-    assert share_interval(20, 20)[1] == 1.0
+@pytest.mark.parametrize("dual", [False, True])
+def test_contracts(dual):
+    task = bright_task(budget="quick")
+    net = small_cnn((1, 6, 6), 2, widths=(4,)).eval()
+    if dual:
+        net = DualSmoothedClassifier(net, small_cnn((1, 6, 6), 2, widths=(4,)), sigma=0.25, num_classes=2, shape=(6, 6))
+    check_instrument(CertifiedRadius(n=100), subject_of(net.eval(), task), task)
 
 
 def test_bad_input_is_one_sentence():

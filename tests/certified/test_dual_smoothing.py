@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from surefoot.certified import dual_smoothing as ds
+from surefoot.core.contracts import check_treatment
 from surefoot.core.task import Split, Task, Training
 from surefoot.errors import InvalidInput, Refused
 from surefoot.models.networks import small_cnn
@@ -430,6 +431,13 @@ def test_default_constructor_and_small_cnn_with_batch_norm():
     assert ds.DualSmoothing().settings()["sigma"] == 0.25
     run = fit(small_cnn((1, 8, 8), 3, widths=(4,)), task, Training(epochs=1), (treatment,))
     assert run.model(task.test.x).shape == (len(task.test), 3)
+
+
+@pytest.mark.slow
+def test_contracts():
+    net = small_cnn((1, 8, 8), 3, widths=(4,), linear=0)
+    check_treatment(ds.DualSmoothing(epochs=1), net, easy_task())
+    check_treatment(ds.DualSmoothing(epochs=0, consistency_epochs=1, partition="random"), net, easy_task())
 
 
 def test_treatment_refuses_what_has_no_pixels():

@@ -16,34 +16,25 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy import special, stats
 from torch import Tensor
 
-from surefoot.certified.dual_smoothing import DualSmoothedClassifier, as_certificates
+from surefoot.certified.dual_smoothing import DualSmoothedClassifier, as_certificates, dual_radius
 from surefoot.core.finding import Chart, Cost, Finding
 from surefoot.core.instrument import Instrument
+from surefoot.core.statistics import mean_interval, wilson_interval
 from surefoot.core.subject import Subject
 from surefoot.core.task import Task
 from surefoot.errors import check, check_at_least, check_open_unit, check_positive
-from surefoot.nn.smoothing import Certificates, Looks, certify, correct_radii
+from surefoot.nn.smoothing import (
+    Certificates,
+    Looks,
+    certify,
+    correct_radii,
+    lower_confidence_bound,
+    smoothing_radius,
+)
 
 NOISE_GAP = 0.15  # accuracy lost under noise beyond which we say that the model was not trained for it
-
-
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of non-negative numbers; a single value gives (0, inf)."""
-    if len(values) < 2:
-        return 0.0, float("inf")
-    half = stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return max(0.0, float(values.mean() - half)), float(values.mean() + half)
-
-
-def share_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a share k / n."""
-    tail = (1 - level) / 2
-    low = 0.0 if k == 0 else float(special.betaincinv(k, n - k + 1, tail))
-    high = 1.0 if k == n else float(special.betaincinv(k + 1, n - k, 1 - tail))
-    return low, high
 
 
 @dataclass
@@ -81,10 +72,10 @@ class CertifiedRadius(Instrument):
         check(bool(((y >= 0) & (y < subject.num_classes)).all()), f"Labels must lie in [0, {subject.num_classes}).")
         like = next((p for p in subject.model.parameters() if p.is_floating_point()), split.x)
         x = split.x.to(like.device, like.dtype)
-        found, sigma, votes = self._certificates(subject, x, n, task.generator(self.slug, x.device))
+        found, sigma, cap, votes = self._certificates(subject, x, n, task.generator(self.slug, x.device))
         radii = np.asarray(correct_radii(found, y).numpy())
         clean = float((subject.logits(x).argmax(1) == y.cpu()).double().mean())
-        low, high = mean_interval(radii)
+        low, high = mean_interval(radii, bounds=(0.0, cap))
         parts = tuple(self._part(found, y, r) for r in self.radii)
         return Finding(
             instrument=self.slug,
@@ -104,7 +95,7 @@ class CertifiedRadius(Instrument):
             parts=parts,
             pictures=(_curve(found, y, sigma),),
             fix=self.fix,
-            warnings=self._warnings(found, y, clean, sigma, n),
+            warnings=self._warnings(found, y, clean, sigma, cap, n),
             details={
                 "sigma": sigma, "n": n, "n0": self.n0, "alpha": self.alpha, "votes": votes,
                 "abstained": int(found.abstained.sum()), "clean_accuracy": clean,
@@ -113,32 +104,37 @@ class CertifiedRadius(Instrument):
 
     def _certificates(
         self, subject: Subject, x: Tensor, n: int, generator: torch.Generator
-    ) -> tuple[Certificates, float, str]:
-        """The certificates, the noise they were made with, and the kind of vote."""
+    ) -> tuple[Certificates, float, float, str]:
+        """The certificates, the noise they were made with, the largest radius n draws can show, and the kind of vote."""
         model = subject.model
         if isinstance(model, DualSmoothedClassifier):
             half, half0 = max(n // 2, 1), max(self.n0 // 2, 1)  # both halves together draw as often as one whole would
             dual = model.certify(x, generator=generator, n0=half0, n=half, alpha=self.alpha, batch_size=self.batch_size)
-            return as_certificates(dual, 2 * (half + half0)), model.sigma, "dual"
+            best = lower_confidence_bound(torch.tensor(half), half, self.alpha / 2)
+            cap = dual_radius(best, best, model.sigma, model.sigma_right)
+            return as_certificates(dual, 2 * (half + half0)), model.sigma, _positive(cap), "dual"
         # the first look spends no alpha; it only stops sampling where the vote is lost
         looks = Looks((max(n // 10, 1), n), (0.0, 1.0)) if n > 1 else None
         found = certify(
             model, x, sigma=self.sigma, num_classes=subject.num_classes, generator=generator,
             n0=self.n0, n=n, alpha=self.alpha, batch_size=self.batch_size, looks=looks,
         )  # fmt: skip
-        return found, self.sigma, "single"
+        cap = smoothing_radius(lower_confidence_bound(torch.tensor(n), n, self.alpha), self.sigma)
+        return found, self.sigma, _positive(cap), "single"
 
     def _part(self, found: Certificates, y: Tensor, r: float) -> Finding:
         hit = (found.prediction == y.cpu()) & (found.radius >= r)
         k, n = int(hit.sum()), len(y)
-        low, high = share_interval(k, n)
+        low, high = wilson_interval(k, n)
         return Finding(
             self.slug, f"certified accuracy at {r:g}", k / n, low, high, "share", "higher", n,
             f"{k} of {n} examples keep their right class under every change of L2 size up to {r:g}.",
             samples=np.asarray(hit.double().numpy()),
         )  # fmt: skip
 
-    def _warnings(self, found: Certificates, y: Tensor, clean: float, sigma: float, n: int) -> tuple[str, ...]:
+    def _warnings(
+        self, found: Certificates, y: Tensor, clean: float, sigma: float, cap: float, n: int
+    ) -> tuple[str, ...]:
         warnings = []
         certified = float((found.prediction == y.cpu()).double().mean())
         if clean - certified > NOISE_GAP:
@@ -150,12 +146,16 @@ class CertifiedRadius(Instrument):
             warnings.append(
                 f"The model brings its own noise level {sigma:g}, which was used instead of {self.sigma:g}."
             )
-        top = float(found.radius.max()) if len(found.radius) else 0.0
-        if top > 0 and float((found.radius > 0.999 * top).double().mean()) > 0.5:
+        if float((found.radius > 0.99 * cap).double().mean()) > 0.5:
             warnings.append(
-                f"Most radii stand at the largest value that {n} draws can show ({top:.3f}): more draws would show more."
+                f"Most radii stand at the largest value that {n} draws can show ({cap:.3f}): more draws would show more."
             )
         return tuple(warnings)
+
+
+def _positive(cap: Tensor) -> float:
+    """A bound for the interval's scale; a hair above the cap, because equal radii may differ by rounding."""
+    return max(cap.item() * (1 + 1e-9), 1e-9)
 
 
 def _curve(found: Certificates, y: Tensor, sigma: float) -> Chart:

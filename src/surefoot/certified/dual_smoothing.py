@@ -147,7 +147,8 @@ def fill_half(
     if fill == "zero":
         return kept
     if fill == "neighbor":
-        return kept + _cross_sum(kept) * (kept_neighbours(mask) if weight is None else weight).to(x.dtype)
+        weight = kept_neighbours(mask).to(x) if weight is None else weight.to(x.dtype)
+        return torch.addcmul(kept, _cross_sum(kept), weight)
     pooled = F.max_pool2d(kept, 2, ceil_mode=True).repeat_interleave(2, -2).repeat_interleave(2, -1)
     return torch.where(mask, x, pooled[..., : x.shape[-2], : x.shape[-1]])
 
