@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from surefoot.errors import SurefootError, UnsupportedOp
-from surefoot.nn.bounds.operators import Box, Op, Rectifier
+from surefoot.nn.bounds.operators import Box, Op, Rectifier, Scale
 from surefoot.nn.bounds.rules import RULES, Ref, module_rule
 
 INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -175,8 +175,22 @@ class _Walk:
         depth = max(s.depth for s in sources) + op.weight_layers
         if not op.affine or len(sources) > 1:
             depth = NONLINEAR
-        self.steps.append(Step(name, op, parents, op.interval(*(s.box for s in sources)), value, depth))
+        self.steps.append(Step(name, op, parents, self._interval(op, sources, value), value, depth))
         return Ref(len(self.steps) - 1, self.steps[-1].box, value)
+
+    def _interval(self, op: Op, sources: list[Step], value: Tensor | None) -> Box:
+        """The operator's box. In training the box of a weight layer waits until it is read: batch-norm behind it folds its
+
+        scale into the weights, which is cheaper than scaling centre and radius, and then nobody reads it.
+        """
+        below = sources[0]
+        if value is not None and isinstance(op, Scale) and below.op is not None:
+            folded = below.op.scaled(op)
+            if folded is not None:
+                return folded.interval(self.steps[below.parents[0]].box)
+        if value is not None and op.affine and op.weight_layers:
+            return Box.deferred(lambda: op.interval(*(s.box for s in sources)), value.shape)
+        return op.interval(*(s.box for s in sources))
 
     def _forget_overwritten(self, node: fx.Node, old: int, new: Ref) -> None:
         """After an in-place operation every name of the old tensor means the new one; views of it cannot be followed."""

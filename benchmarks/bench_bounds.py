@@ -1,0 +1,213 @@
+"""Speed of bound propagation beside auto-lirpa 0.3: interval margins, CROWN, and a training step on interval bounds.
+
+Same weights, same images, same elided margins, one process, one thread; calls alternate between the two sides and the median of five
+counts, after one untimed call each. Tracing the model is outside the timing on both sides (auto-lirpa's `BoundedModule`, our
+`Program`). The margins must agree before a time is reported: for CROWN that is our plain form (`intersect=False`); the default,
+which cuts with IBP and works on unstable neurons only, is the second row and must be at least as tight.
+A training step also stands beside a clean step of the same net: the price of certified training.
+
+Run: python benchmarks/bench_bounds.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import _lirpa
+from surefoot.certified.fast_ibp import cnn7
+from surefoot.models import mlp, small_resnet
+from surefoot.nn.bounds import (
+    Program,
+    crown_refiner,
+    interval_margins,
+    margin_rows,
+    propagate,
+    region_around,
+    robust_cross_entropy,
+    specification_bound,
+)
+
+Call = Callable[[], Tensor]
+Row = dict[str, object]
+
+
+def small_net() -> nn.Module:
+    convs = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {  # net, input, batch, eps
+    "mlp 64-128-128-10": (lambda: mlp((1, 8, 8), 10, hidden=(128, 128)), (1, 8, 8), 64, 0.02),
+    "cnn 1x8x8": (small_net, (1, 8, 8), 64, 0.02),
+    "residual net 1x8x8": (lambda: small_resnet((1, 8, 8), 10, widths=(4, 8)), (1, 8, 8), 8, 0.01),
+}
+
+
+def medians(*calls: Call, repeats: int = 5) -> list[float]:
+    """Median seconds of each call; the calls take turns, so that a busy machine is unfair to none."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(repeats):
+        for call, taken in zip(calls, seconds, strict=True):
+            start = time.process_time()
+            call()
+            taken.append(time.process_time() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def row(what: str, ours: float, peer: str, theirs: float | None, quality: str, note: str | None = None) -> Row:
+    ratio = None if theirs is None else theirs / ours  # above 1: we are faster
+    entry: Row = {"what": what, "ratio": ratio, "ours_s": ours, "peer": peer, "peer_s": theirs, "quality": quality}
+    return entry | {"ours_mb": None, "peer_mb": None} | ({"note": note} if note else {})
+
+
+def batch(name: str) -> tuple[nn.Module, Tensor, Tensor, float]:
+    factory, shape, size, eps = NETS[name]
+    torch.manual_seed(0)
+    model = factory()
+    with torch.no_grad():
+        for _ in range(20):  # running statistics
+            model(torch.rand(64, *shape))
+    return model.eval(), torch.rand(size, *shape) * 0.8 + 0.1, torch.randint(10, (size,)), eps
+
+
+def margins_of(model: nn.Module, x: Tensor, y: Tensor, eps: float, method: str, plain: bool) -> Call:
+    program = Program(model)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        region = region_around(x, eps)
+        refine = crown_refiner(region, intersect=not plain) if method == "crown" else None
+        walked = propagate(program, region.box, refine=refine)
+        rows = margin_rows(y, 10)
+        return specification_bound(walked, region, rows, method=method, intersect=not plain)  # type: ignore[arg-type]
+
+    return call
+
+
+def lirpa_margins(model: nn.Module, x: Tensor, y: Tensor, eps: float, method: str) -> Call | None:
+    package = _lirpa.load()
+    if package is None:
+        return None
+    bounded = package.BoundedModule(model, x, bound_opts={"relu": "adaptive"})
+    norm = package.PerturbationLpNorm(norm=float("inf"), x_L=(x - eps).clamp(0, 1), x_U=(x + eps).clamp(0, 1))
+    image, rows = package.BoundedTensor(x, norm), margin_rows(y, 10)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return bounded.compute_bounds(x=(image,), C=rows, method=method, bound_upper=False)[0]
+
+    return call
+
+
+def margin_rows_of_table() -> list[Row]:
+    table = []
+    for name in NETS:
+        model, x, y, eps = batch(name)
+        for method, label in (("ibp", "IBP"), ("crown", "CROWN")):
+            ours = margins_of(model, x, y, eps, method, plain=True)
+            what = f"{label} margins, {name}, batch {len(x)}"
+            theirs = lirpa_margins(model, x, y, eps, label)
+            if theirs is None:
+                table.append(row(what, medians(ours)[0], "auto-lirpa 0.3", None, "", "auto-lirpa is not installed"))
+                continue
+            gap = agreement(ours(), theirs())
+            table.append(row(what, *spread(medians(ours, theirs)), f"equal to {gap:.0e} of the scale"))
+            if method == "crown":
+                cut = margins_of(model, x, y, eps, method, plain=False)
+                loosest = float((cut() - theirs()).min())
+                if loosest < -1e-3:
+                    raise RuntimeError(f"{what}: the default is looser than auto-lirpa by {-loosest:.2g}")
+                gain = float((cut() - theirs()).mean())
+                table.append(
+                    row(f"{what}, default", *spread(medians(cut, theirs)), f"tighter by {gain:.2g} on average")
+                )
+    return table
+
+
+def spread(seconds: list[float]) -> tuple[float, str, float]:
+    return seconds[0], "auto-lirpa 0.3", seconds[1]
+
+
+def agreement(ours: Tensor, theirs: Tensor) -> float:
+    gap = float((ours - theirs).abs().max() / theirs.abs().max())
+    if gap > 1e-4:
+        raise RuntimeError(f"the bounds differ by {gap:.2g} of their scale; times would compare different work")
+    return gap
+
+
+def training_rows() -> list[Row]:
+    """A step (forward, backward) on CNN-7 of width 8, 28x28, batch 64: interval margins, beside auto-lirpa and a clean step."""
+    table = []
+    for batch_norm in (False, True):
+        torch.manual_seed(0)
+        model = cnn7(1, 28, width=8, linear_size=128, batch_norm=batch_norm).train()
+        x, y, eps = torch.rand(64, 1, 28, 28), torch.randint(10, (64,)), 0.1
+        program = Program(model)
+
+        def ours(model=model, program=program, x=x, y=y, eps=eps) -> Tensor:
+            model.zero_grad(set_to_none=True)
+            walked = propagate(program, region_around(x, eps).box, clean=x if program.needs_clean else None)
+            loss = robust_cross_entropy(interval_margins(walked, y))
+            loss.backward()
+            return loss.detach()
+
+        def clean(model=model, x=x, y=y) -> Tensor:
+            model.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss.detach()
+
+        kind = "with batch-norm (clean pass included)" if batch_norm else "without batch-norm"
+        what = f"IBP training step, CNN-7 width 8, 28x28, batch 64, {kind}"
+        theirs = lirpa_step(model, x, y, eps)
+        if theirs is None:
+            mine, plain = medians(ours, clean)
+            table.append(row(what, mine, "auto-lirpa 0.3", None, "", "auto-lirpa is not installed"))
+        else:
+            gap = agreement(ours(), theirs())
+            mine, other, plain = medians(ours, theirs, clean)
+            table.append(row(what, mine, "auto-lirpa 0.3", other, f"same loss to {gap:.0e}"))
+        table.append(row(what, mine, "clean step", plain, f"{mine / plain:.2f} clean steps"))
+    return table
+
+
+def lirpa_step(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Call | None:
+    package = _lirpa.load()
+    if package is None:
+        return None
+    bounded = package.BoundedModule(
+        model.eval(), x, bound_opts={"relu": "adaptive"}
+    )  # it cannot convert in training mode
+    bounded.train()
+    model.train()
+    rows = margin_rows(y, 10)
+
+    def call() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        norm = package.PerturbationLpNorm(norm=float("inf"), x_L=(x - eps).clamp(0, 1), x_U=(x + eps).clamp(0, 1))
+        image = package.BoundedTensor(x, norm)
+        bounded(image)  # the clean pass: shapes, and batch-norm's statistics
+        low = bounded.compute_bounds(x=(image,), C=rows, method="IBP", bound_upper=False)[0]
+        loss = robust_cross_entropy(low)
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def rows() -> list[Row]:
+    torch.set_num_threads(1)
+    return margin_rows_of_table() + training_rows()
+
+
+if __name__ == "__main__":
+    for entry in rows():
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in entry.items()})
