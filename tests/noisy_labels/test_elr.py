@@ -384,12 +384,15 @@ from surefoot.noisy_labels.elr import ELRLoss
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-y, index = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([4, 1, 0, 3, 1, 2])
+y, index = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([4, 1, 0, 1, 4, 0])
 together, alone = ELRLoss(5, 3, all_ranks=True), ELRLoss(5, 3)
 own = slice(3 * rank, 3 * rank + 3)
 for _ in range(2):
     value = together(z[own], y[own], index[own])
     alone(z, y, index)
+assert torch.equal(together.recall(index[own], z), alone.recall(index[own], z))
+mine = torch.nn.functional.cross_entropy(z[own], y[own]) + 3 * torch.log1p(-(alone.recall(index[own], z) * z[own].softmax(1)).sum(1)).mean()
+torch.testing.assert_close(value, mine)
 torch.testing.assert_close(together.targets, alone.targets)
 dist.destroy_process_group()
 """

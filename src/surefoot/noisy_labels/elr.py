@@ -11,10 +11,11 @@ z `[B, K]`, p = clamp(softmax(z), eps, 1 - eps), labels y and q = p / sum(p) wit
 The regulariser is negative and smallest where p agrees with t; for a false label its gradient cancels cross-entropy's. ELR+
 adds a second network, weight-averaged teachers that exchange targets, and mixup (`surefoot.noisy_labels.elr_plus`).
 
-Check the indices: they must be positions in the *data set*, whatever the shuffling or subsetting. Wrong ones raise no error:
-t then averages over strangers and training behaves like plain cross-entropy. (The other silent failure: using p itself in t's
-place collapses to one class at lam = 3.) The state takes N K floats; `state_dtype=torch.float16` halves it, and it may live on
-another device than the logits. With ranks that exchange samples pass `all_ranks=True`, so that every rank sees every visit.
+Check the indices: they must be positions in the *data set*, whatever the shuffling or subsetting (once, before training: does
+`labels_of_the_data_set[index]` equal the batch's labels?). Wrong ones raise no error: t then averages over strangers and
+training behaves like plain cross-entropy. (The other silent failure: p itself in t's place, beta = 0, collapses at lam = 3.)
+The state takes N K floats; `state_dtype=torch.float16` halves it, and it may live on another device than the logits. With ranks
+that exchange samples pass `all_ranks=True`, so that every rank sees every visit.
 
 Source: Sheng Liu, Jonathan Niles-Weed, Narges Razavian, Carlos Fernandez-Granda, "Early-Learning Regularization Prevents
 Memorization of Noisy Labels", NeurIPS 2020, arXiv 2007.00151.
@@ -81,7 +82,7 @@ class TemporalEnsemble(nn.Module):
             visits, seen = total / counts.unsqueeze(1), unique
         new = torch.lerp(visits.to(self.targets.device), self.targets[seen].to(visits.dtype), self.beta)
         self.targets[seen] = new.to(self.targets.dtype)
-        return self.recall(batch, probabilities) if len(seen) != len(batch) else new.to(probabilities.device)
+        return new.to(probabilities.device) if seen is batch else self.recall(batch, probabilities)
 
     def recall(self, index: Tensor, like: Tensor) -> Tensor:  # [B, K]
         """The stored targets of a batch, on the device and in the precision of `like`."""
