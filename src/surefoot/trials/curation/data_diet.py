@@ -6,7 +6,7 @@ No arm is tuned: subsets are all that differs. The learning rate on digits is th
 *and* for random subsets (five other runs: .963, .977, .979 and .952, .961, .967). Left out for the budget: fractions other than 40 and 80 % pruned (60 % on MNIST-1D), linear mode
 connectivity, and transfer of scores to other networks.
 
-Standard: Fashion-MNIST (4,000 for training), half of it pruned, three scoring runs.
+Standard: Fashion-MNIST (4,000 for training, as many as a processor trains in the time), 30 and 50 % pruned, two scoring runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from surefoot.training.loop import accuracy, fit
 
 TRAINING = Training(steps=760, batch_size=64, lr=5e-3)  # 40 epochs of 1,200 digits
 SIGNALS = Training(steps=2520, batch_size=64, lr=2e-3)  # 40 epochs of 4,000 signals
-FASHION = Training(steps=945, batch_size=64, lr=2e-3)  # 15 epochs of 4,000 images
+FASHION = Training(steps=756, batch_size=64, lr=2e-3)  # 12 epochs of 4,000 images
 
 
 @dataclass
@@ -235,17 +235,19 @@ def fashion(*treatments: Treatment) -> Arm:
 
 FASHION_ARMS: Mapping[str, Arm] = {
     "full": fashion(),
+    "random_30": fashion(Keep(0.7)),
     "random_50": fashion(Keep(0.5)),
-    "el2n_50": fashion(DataDiet(0.5, runs=3)),
-    "el2n_50_offset": fashion(DataDiet(0.5, runs=3, offset=0.1)),
-    "lowest_50": fashion(KeepLowest(0.5, runs=3)),
-    "grand_at_0_50": fashion(DataDiet(0.5, score="grand", epochs=0, runs=3)),
+    "el2n_30": fashion(DataDiet(0.7, runs=2)),
+    "el2n_50": fashion(DataDiet(0.5, runs=2)),
+    "el2n_50_window": fashion(DataDiet(0.5, runs=2, offset=0.1, class_balanced=True)),
+    "grand_at_0_30": fashion(DataDiet(0.7, score="grand", epochs=0, runs=2)),
 }
 FASHION_CLAIMS = [
     Claim("EL2N at epoch 10 lets half of the data go for at most one point.", "accuracy", "el2n_50", "full", at_least=-0.01),
     Claim("At 50 % pruned, EL2N beats random.", "accuracy", "el2n_50", "random_50"),
-    Claim("The hard half teaches more than the easy half.", "accuracy", "el2n_50", "lowest_50"),
-    Claim("GraNd at initialisation prunes no better than random: it gains less than half a point.", "accuracy", "random_50", "grand_at_0_50", at_least=-0.005),
+    Claim("At 30 % pruned, EL2N beats random.", "accuracy", "el2n_30", "random_30"),
+    Claim("Skipping the hardest tenth and keeping the classes' shares helps EL2N at 50 %.", "accuracy", "el2n_50_window", "el2n_50"),
+    Claim("GraNd at initialisation prunes no better than random: it gains less than half a point.", "accuracy", "random_30", "grand_at_0_30", at_least=-0.005),
 ]  # fmt: skip
 
 TRIAL = Trial(
@@ -257,6 +259,8 @@ TRIAL = Trial(
     notes=(
         "All arms take the same number of optimizer steps, so fewer examples mean more visits to each, as in the paper's scripts. "
         "MNIST-1D is the counter-example: 4,000 examples of a task the network has not mastered hold no redundancy. "
+        "Top scores empty some classes (smallest_class_share): GraNd at initialisation loses by that above all, and keeping each class's "
+        "share brings it back to random's level. "
         "Time for scoring counts in the arm's seconds; with five runs of ten epochs it exceeds the training it saves."
     ),
 )
