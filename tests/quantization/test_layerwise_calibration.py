@@ -231,7 +231,7 @@ def test_pruned_weights_stay_zero(model, x):
     with torch.no_grad():
         weight = pruned.get_submodule("model.3").weight
         weight.mul_(torch.rand(weight.shape, generator=generator()) < 0.2)
-    report = calibrate_pipeline(pruned, x, bits_w=3, bits_a=4, iters=40)
+    report = calibrate_pipeline(pruned, x, bits_w=3, bits_a=4, iters=20, bias_epochs=1)
     assert bool((quantized_layers(report.model)["model.3"].weight[weight == 0] == 0).all())
 
 
@@ -495,7 +495,7 @@ def test_pipelines_only_get_closer_to_the_float_model(model, x, kind, task):
 
 @pytest.mark.parametrize("kind", ["light", "advanced"])
 def test_mixed_bits_meet_the_size_that_is_reported(model, x, kind):
-    report = calibrate_pipeline(model, x, kind, compression=0.13, iters=20, generator=generator())
+    report = calibrate_pipeline(model, x, kind, compression=0.13, iters=10, bias_epochs=1, generator=generator())
     assert report.allocation is not None and report.sensitivities is not None
     export = export_quantized(report.model)
     sizes = dict(zip(report.sensitivities.layers, report.sensitivities.params))
@@ -530,7 +530,7 @@ def test_export_goes_through_a_file_into_a_fresh_model(model, x, tmp_path):
     "factory", [cnn, lambda: small_resnet((1, 8, 8), 10, widths=(8, 12)), lambda: mlp((1, 8, 8), 10, hidden=(24,))]
 )
 def test_treatment_runs_and_its_weights_load_onto_a_fresh_model(task, tmp_path, factory, kind):
-    treatment = LayerwiseCalibration(kind=kind, iters=10, samples=64)
+    treatment = LayerwiseCalibration(kind=kind, iters=5, bias_epochs=1, samples=40)
     net = seeded_build(factory, generator())
     run = fit(net, task, Training(epochs=1), [treatment])
     again = fit(net, task, Training(epochs=1), [treatment])
@@ -558,7 +558,7 @@ def test_default_treatment_keeps_the_accuracy(task, model):
 
 def test_treatment_needs_no_labels_and_refuses_what_it_cannot_do(task, model):
     blind = task.changed(valid=type(task.valid)(task.valid.x))
-    LayerwiseCalibration(iters=2).finish(copy.deepcopy(model), blind)
+    LayerwiseCalibration(iters=2, bias_epochs=0).finish(copy.deepcopy(model), blind)
     with pytest.raises(InvalidInput, match="validation inputs, and there are none"):
         LayerwiseCalibration().check(model, task.changed(valid=task.valid.take(slice(0, 0))))
     with pytest.raises(InvalidInput, match="bits_w must lie"):
@@ -572,5 +572,5 @@ def test_treatment_needs_no_labels_and_refuses_what_it_cannot_do(task, model):
 def test_nothing_is_drawn_from_the_global_generator(model, x):
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    calibrate_pipeline(model, x, iters=3)
+    calibrate_pipeline(model, x, iters=3, bias_epochs=1)
     assert torch.equal(torch.get_rng_state(), state)

@@ -244,6 +244,7 @@ class LayerwiseCalibration(Treatment):
         kind: "advanced" or "light" (no gradients).
         compression: size of the weights as a share of 32 bits; mixed 2/4/8 bits by integer programme. None: uniform.
         iters: AdaQuant steps a layer.
+        bias_epochs: epochs of bias tuning, of 20 passes over the samples each.
         samples: at most that many validation inputs are used.
         eight_bit: names of layers kept at 8 bits.
         keep_unfoldable: leave batch-norms that follow no layer in floating point instead of refusing the model.
@@ -261,6 +262,7 @@ class LayerwiseCalibration(Treatment):
     kind: Kind = "advanced"
     compression: float | None = None
     iters: int = 200
+    bias_epochs: int = 3
     samples: int = 256
     eight_bit: tuple[str, ...] = ()
     keep_unfoldable: bool = False
@@ -271,6 +273,7 @@ class LayerwiseCalibration(Treatment):
         check_choice("kind", self.kind, ("advanced", "light"))
         check_at_least("samples", self.samples, 1)
         check_at_least("iters", self.iters, 0)
+        check_at_least("bias_epochs", self.bias_epochs, 0)
         for name, bits in (("bits_w", self.bits_w), ("bits_a", self.bits_a)):
             check(bits is None or 1 <= bits <= 16, f"{name} must lie between 1 and 16, got {bits!r}.")
         check(len(task.valid) > 0, "layerwise_calibration calibrates on validation inputs, and there are none.")
@@ -286,7 +289,8 @@ class LayerwiseCalibration(Treatment):
             x = x[torch.randperm(len(x), generator=generator)[: self.samples].sort().values.to(x.device)]
         report = calibrate_pipeline(
             model, x, self.kind, bits_w=self.bits_w, bits_a=self.bits_a, compression=self.compression, iters=self.iters,
-            bits=dict.fromkeys(self.eight_bit, (8, 8)), generator=generator, keep_unfoldable=self.keep_unfoldable,
+            bits=dict.fromkeys(self.eight_bit, (8, 8)), bias_epochs=self.bias_epochs, generator=generator,
+            keep_unfoldable=self.keep_unfoldable,
         )  # fmt: skip
         self.report_, self.bits_ = report, dict(report.bits)
         return report.model

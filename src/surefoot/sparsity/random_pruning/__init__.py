@@ -2,7 +2,7 @@
 
 It is the honest baseline of every other pruning method, and on wide networks often as good as the dense model.
 
-    w <- w * m after every optimizer step, gradients and momentum times m before it, the mask m fixed for good
+    w <- w * m after every optimizer step, g <- g * m before it (so momentum stays zero there), m fixed for good
 
 With global density D, layer sizes n_l and raw ratios r_l the densities d_l = min(1, eps r_l) meet sum d_l n_l = D sum n_l:
 

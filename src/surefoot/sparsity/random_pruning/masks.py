@@ -129,17 +129,16 @@ class MaskHandle:
             if isinstance(value, Tensor) and value.shape == weight.shape
         )
 
-    def after_step_(self, optimizer: torch.optim.Optimizer) -> None:
-        self.mask_weights_()
-        self.mask_state_(optimizer)
-
     def attach(self, optimizer: torch.optim.Optimizer) -> MaskHandle:
-        """Mask gradients before and weights and state after every step of an optimizer; `remove` detaches."""
+        """Mask gradients before and weights after every step of an optimizer; `remove` detaches.
+
+        The optimizer's state is masked once, here: from then on it only ever sees masked gradients and zero weights.
+        """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, (weight, _) in zip(self.names, self._pairs()):
             check(id(weight) in held, f"The optimizer does not hold {name!r}; build it from this model's parameters.")
         self.hooks.append(optimizer.register_step_pre_hook(lambda *_: self.mask_gradients_()))
-        self.hooks.append(optimizer.register_step_post_hook(lambda *_: self.after_step_(optimizer)))
+        self.hooks.append(optimizer.register_step_post_hook(lambda *_: self.mask_weights_()))
         self.mask_state_(optimizer)
         return self
 

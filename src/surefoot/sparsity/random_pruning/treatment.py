@@ -69,7 +69,7 @@ class RandomPruning(Treatment):
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
         if self.handle_ is not None:
-            self.handle_.after_step_(optimizer)
+            self.handle_.mask_weights_()
 
     def finish(self, model: nn.Module, task: Task) -> nn.Module:
         if self.handle_ is not None:
