@@ -483,3 +483,13 @@ def test_agrees_with_torchattacks(digits):
     assert ours <= min(theirs.values()) + slack
     mine = 1 - apgd(model, x, y, eps=0.1, steps=100, generator=generator()).broken.double().mean().item()
     assert abs(mine - theirs["APGD"]) <= slack
+
+
+def test_suite_goes_on_when_nothing_is_left():
+    """Once every example is broken, or none was right, the later attacks have nothing to do."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    worst = model(x).argmin(1)
+    result = standard_suite(model, x, worst, eps=0.1, steps=3, queries=5)
+    assert result.robust_accuracy == 0.0
+    assert set(result.survivors.values()) == {0}

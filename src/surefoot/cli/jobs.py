@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,12 @@ def print_hardened(result: Hardened, console: Console) -> None:
     console.print(f"[bold]{result.subject.name}[/] with {names}, trained in {result.cost.seconds:.1f} s:")
     for line in summary_lines(result):
         outcome = line.rsplit(", ", 1)[1]
-        console.print(f"  [{color[outcome]}]●[/] {line}", highlight=False)
+        console.print(f"  [{color[outcome]}]●[/] {line}", highlight=False, soft_wrap=True)
+
+
+def _own_task(data: str, seed: int, data_dir: Path | None) -> Task:
+    """Own data in a trial's place; a plain function, so that worker processes can import it."""
+    return load(data, seed=seed, data_dir=data_dir)
 
 
 def run_trial_job(
@@ -260,7 +266,7 @@ def run_trial_job(
     method = catalog.find(slug)
     protocol = load_trial(method.name)
     console = _err()
-    own = None if data is None else (lambda seed, folder: load(data, seed=seed, data_dir=folder))
+    own = None if data is None else partial(_own_task, data)
     with _bar(console) as bar:
         line = bar.add_task(method.name, total=None)
         result = run_trial(
@@ -303,8 +309,8 @@ def print_trial(facts: dict[str, Any], console: Console) -> None:
     claims = Table(box=None, pad_edge=False)
     for column in ("verdict", "claim", "effect", "95 % interval", "p (Holm)"):
         claims.add_column(column)
-    for c in facts["claims"]:
-        claims.add_row(f"[{STYLE[c['verdict']]}]{c['verdict']}[/]", c["claim"], number(c["effect"]), f"{number(c['low'])} to {number(c['high'])}", number(c["p"]))  # fmt: skip
+    for c, adjusted in zip(facts["claims"], facts["adjusted_p"], strict=True):
+        claims.add_row(f"[{STYLE[c['verdict']]}]{c['verdict']}[/]", c["claim"], number(c["effect"]), f"{number(c['low'])} to {number(c['high'])}", number(adjusted))  # fmt: skip
     console.print(claims)
 
 

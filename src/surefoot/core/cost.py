@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,7 +35,7 @@ class Meter:
         peak = peak_mb()
         if torch.cuda.is_available():
             peak = max(peak, torch.cuda.max_memory_allocated() / 2**20)
-        self.cost = Cost(seconds, round(peak, 1))
+        self.cost = Cost(seconds, None if math.isnan(peak) else round(peak, 1))
 
 
 def _reset_peak() -> None:
@@ -53,5 +53,9 @@ def peak_mb() -> float:
                 return int(line.split()[1]) / 1024
     except OSError:
         pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024

@@ -180,7 +180,8 @@ class Cascade:
 
     def run(self, name: str, attack: Callable[[Tensor], AttackResult]) -> None:
         """`attack(index)` works on the examples at `index`; a batch without any gradient is noted, not fatal."""
-        for index in self.robust.nonzero()[:, 0].split(self.batch_size):
+        alive = self.robust.nonzero()[:, 0]
+        for index in alive.split(self.batch_size) if len(alive) else ():
             try:
                 found = attack(index)
             except ZeroGradient as error:
