@@ -97,6 +97,30 @@ def test_moments_and_indices(task, model):
 
 
 @dataclass
+class Chooser(Treatment):
+    slug = "chooser"
+    prepare_order: ClassVar[int] = -10
+
+    def prepare(self, model, task):
+        return model, task.changed(train=task.train.take(slice(0, 50)))
+
+
+@dataclass
+class Counter(Treatment):
+    slug = "counter"
+
+    def prepare(self, model, task):
+        self.n_ = len(task.train)
+        return model, task
+
+
+def test_data_is_chosen_before_others_prepare(task, model):
+    run = fit(model, task, Training(epochs=1), [Counter(), Chooser()])
+    assert [t.slug for t in run.treatments] == ["counter", "chooser"]
+    assert run.treatments[0].n_ == 50
+
+
+@dataclass
 class OneLoss(Treatment):
     slug = "one"
 

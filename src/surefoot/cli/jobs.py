@@ -309,8 +309,8 @@ def print_trial(facts: dict[str, Any], console: Console) -> None:
     claims = Table(box=None, pad_edge=False)
     for column in ("verdict", "claim", "effect", "95 % interval", "p (Holm)"):
         claims.add_column(column)
-    for c, adjusted in zip(facts["claims"], facts["adjusted_p"], strict=True):
-        claims.add_row(f"[{STYLE[c['verdict']]}]{c['verdict']}[/]", c["claim"], number(c["effect"]), f"{number(c['low'])} to {number(c['high'])}", number(adjusted))  # fmt: skip
+    for c in facts["claims"]:
+        claims.add_row(f"[{STYLE[c['verdict']]}]{c['verdict']}[/]", c["claim"], number(c["effect"]), f"{number(c['low'])} to {number(c['high'])}", number(facts["adjusted_p"].get(c["claim"])))  # fmt: skip
     console.print(claims)
 
 

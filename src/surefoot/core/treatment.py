@@ -35,6 +35,7 @@ class Treatment:
     instance in attributes ending in `_`; runs work on copies, so one instance may serve many runs.
 
     - `prepare(model, task) -> model, task`: surgery, initialisation, data selection. May change the model given (a copy).
+      Lower `prepare_order` goes first.
     - `loss(model, batch) -> scalar`: replaces cross-entropy. At most one treatment of a stack brings a loss.
     - `before_step` / `after_step`: around the optimizer step (masks, gradient surgery, schedules, moving averages).
     - `finish(model, task) -> model`: wrappers, calibration, quantization, merging. Lower `finish_order` goes first.
@@ -44,6 +45,7 @@ class Treatment:
 
     slug: ClassVar[str]
     excludes: ClassVar[Mapping[str, str]] = {}  # slug -> why the two cannot be combined
+    prepare_order: ClassVar[int] = 0  # -10: choose the data, before others keep something per example
     finish_order: ClassVar[int] = 0  # 0: unwrap and merge, 10: quantize and calibrate, 20: inference-time wrappers
 
     def check(self, model: nn.Module, task: Task) -> None:

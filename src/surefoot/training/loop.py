@@ -67,7 +67,7 @@ def fit(
     check_stack(treatments, model, task)
     model = copy.deepcopy(model).to(task.device)
     stack = [copy.deepcopy(t) for t in treatments]
-    for treatment in stack:
+    for treatment in sorted(stack, key=lambda t: t.prepare_order):
         model, task = treatment.prepare(model, task)
     model = model.to(task.device)
     history = _train(model, task, training, stack, on_epoch, progress, checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +57,14 @@ class DataDiet(Treatment):
 
     `prepare` trains `runs` copies for `epochs` epochs, scores every training example without augmentation, and keeps the
     highest-scoring `fraction`; `offset` is the share of the very hardest that is dropped as suspected noise, and an example's
-    `batch.index` is then its position in the *smaller* split (`kept_` maps back). List it before treatments that hold something per
-    example. Copies are initialised anew; `fresh=False` keeps the given weights, for fine-tuning, so that runs differ by batch order.
+    `batch.index` is then its position in the *smaller* split (`kept_` maps back). It prepares before
+    the other treatments of a stack, which then hold one value per example that is left. Copies are initialised anew; `fresh=False` keeps the given weights, for fine-tuning, so that runs differ by batch order.
 
     The paper compares at equal numbers of *steps*: set `Training.steps` to what the full set would take
     (epochs * ceil(n / batch_size)), or fewer examples mean fewer steps, cheaper and a little worse.
     """
 
+    prepare_order: ClassVar[int] = -10
     fraction: float = 0.7
     score: Literal["el2n", "l1", "max_margin", "sum_margin", "grand", "grand_last_layer", "grand_sketch", "forgetting"] = "el2n"  # fmt: skip
     offset: float = 0.0
