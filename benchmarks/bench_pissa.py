@@ -1,0 +1,89 @@
+"""PiSSA's decomposition side by side with peft's, at equal or better reconstruction error.
+
+Run `python benchmarks/bench_pissa.py [--large]`. Both sides do the whole start of one linear layer: factors, residual, installation.
+`quality` gives the excess of |W_res| over the optimum of the exact SVD, ours and the peer's; a faster start with a larger excess would
+not count.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.peft.pissa import apply_pissa_
+
+REPEATS, RANK = 5, 128
+
+
+def spectrum(n: int, power: float) -> Tensor:
+    """An n x n weight with singular values i^-power and random directions."""
+    generator = torch.Generator().manual_seed(n)
+    u, v = (torch.linalg.qr(torch.randn(n, n, generator=generator)).Q for _ in range(2))
+    return (u * torch.arange(1, n + 1).float() ** -power) @ v.T
+
+
+def holder(weight: Tensor) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(*weight.shape, bias=False, device="meta"))
+    model[0].weight = nn.Parameter(weight.clone())
+    return model
+
+
+def ours(weight: Tensor, niter: int | None) -> tuple[float, Tensor]:
+    model = holder(weight)
+    start = time.perf_counter()
+    apply_pissa_(model, RANK, niter=niter)
+    return time.perf_counter() - start, model[0].base.weight.detach()  # type: ignore[union-attr,operator,return-value]
+
+
+def peer(weight: Tensor, start_name: str) -> tuple[float, Tensor]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights=start_name)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = holder(weight)
+    start = time.perf_counter()
+    adapted: Any = get_peft_model(model, config)
+    return time.perf_counter() - start, adapted.base_model.model[0].base_layer.weight.detach()
+
+
+def median(calls: list[Callable[[], tuple[float, Tensor]]], repeats: int) -> list[tuple[float, float]]:
+    """Median seconds and |W_res| of each call, in turn."""
+    runs = [[(s, residual.norm().item()) for s, residual in (call() for call in calls)] for _ in range(repeats)]
+    return [tuple(map(statistics.median, zip(*column, strict=True))) for column in zip(*runs, strict=True)]  # type: ignore[misc]
+
+
+def case(n: int, power: float, name: str, niter: int | None) -> dict[str, Any]:
+    weight, tail = spectrum(n, power), (torch.arange(RANK + 1, n + 1).double() ** -power).norm().item()
+    installed = importlib.util.find_spec("peft") is not None
+    calls: list[Callable[[], tuple[float, Tensor]]] = [lambda: ours(weight, niter)]
+    if installed:
+        calls.append(lambda: peer(weight, name))
+    timed = median(calls, REPEATS if name != "pissa" or n <= 1024 else 1)
+    excess = ", ".join(f"{100 * (error / tail - 1):.2f} %" for _, error in timed)
+    peer_s = timed[1][0] if installed else None
+    row = {
+        "what": f"start of a {n} x {n} layer, rank {RANK}, spectrum i^-{power}, ours with niter={niter}", "ours_s": timed[0][0],
+        "peer": f"peft {name}", "peer_s": peer_s, "ratio": None if peer_s is None else timed[0][0] / peer_s,
+        "quality": f"excess error {excess} (ours, peer)", "ours_mb": None, "peer_mb": None,
+    }  # fmt: skip
+    return row if installed else {**row, "note": "peft is not installed"}
+
+
+def rows(*, large: bool = False) -> list[dict[str, Any]]:
+    result = []
+    for n in (1024, 2048, 4096) if large else (1024, 2048):
+        result += [case(n, power, "pissa_niter_4", 2) for power in (1.0, 0.5)]
+        result.append(case(n, 1.0, "pissa", 4))
+    return result
+
+
+if __name__ == "__main__":
+    for row in rows(large="--large" in sys.argv):
+        print(row)
