@@ -132,6 +132,32 @@ def test_noise_is_fresh_gaussian_and_never_clipped():
         assert (torch.cat(seen[i]) > 1).any()
 
 
+@pytest.mark.parametrize("batch", [3, 50, 64, 1000])
+def test_shared_noise_is_the_same_draws_for_every_input(batch):
+    x = torch.rand(5, 2, 3, dtype=torch.float64, generator=rng())
+    seen = {i: [] for i in range(5)}
+    for rows, noisy in sm.noisy_batches(x, 40, sigma=0.5, generator=rng(1), batch_size=batch, shared=True):
+        assert len(rows) == len(noisy) <= batch
+        assert (rows.diff() >= 0).all()
+        for i in range(5):
+            seen[i].append((noisy[rows == i] - x[i]).clone())
+    drawn = [torch.cat(seen[i]) for i in range(5)]
+    assert all(e.shape == (40, 2, 3) for e in drawn)
+    assert len(drawn[0].flatten().unique()) == 240
+    for e in drawn[1:]:
+        torch.testing.assert_close(e, drawn[0])
+
+
+def test_shared_noise_keeps_the_level_of_each_certificate():
+    p, alpha, repeats = 0.8, 0.05, 800
+    model, x = biased_coin(p)
+    g = rng(11)
+    options = {"sigma": 1.0, "num_classes": 2, "n0": 10, "n": 100, "alpha": alpha, "shared": True}
+    found = [sm.certify(model, x.expand(2, -1).contiguous(), generator=g, **options) for _ in range(repeats)]
+    broken = torch.stack([(f.prediction == 1) & (f.p_lower > p) for f in found]).double().mean(0)
+    assert (broken <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / repeats)).all()
+
+
 def test_sigma_may_differ_by_pixel():
     sigma = torch.tensor([0.1, 2.0])
     drawn = torch.cat([z.clone() for _, z in sm.noisy_batches(torch.zeros(1, 2), 4000, sigma=sigma, generator=rng())])

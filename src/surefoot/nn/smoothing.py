@@ -109,6 +109,7 @@ def certify(
     n: int = 10_000,
     alpha: float = 0.001,
     batch_size: int | None = None,
+    shared: bool = False,
     looks: Looks | None = None,
     stochastic: bool = False,
 ) -> Certificates:
@@ -117,11 +118,13 @@ def certify(
     c = argmax of n0 votes; pA = lower bound from n fresh votes; (c, sigma Phi^-1(pA)) if pA > 1/2, else abstain.
     `looks` replaces n by a pre-declared plan that may stop early and keeps alpha. `generator` may live on any device;
     the noise has the dtype and device of x. The radius is at most sigma Phi^-1(alpha^(1/n)).
-    `stochastic=True` declares a base that answers differently to the same input, with independent draws.
+    `shared=True` draws one set of noise for all inputs (up to twice as fast on small networks): each certificate keeps its
+    level, but they are no longer independent of each other. `stochastic=True` declares a base that answers differently to the same input, with independent draws.
     """
     n = looks.at[-1] if looks is not None else n
     _check_request(x, n0, n, alpha)
-    options = {"sigma": sigma, "num_classes": num_classes, "generator": generator, "batch_size": batch_size}
+    options = {"sigma": sigma, "num_classes": num_classes, "generator": generator}
+    options |= {"batch_size": batch_size, "shared": shared}
     if not stochastic:
         check_deterministic(model, x)
     chosen = vote_counts(model, x, n0, **options).argmax(1)
@@ -161,10 +164,11 @@ def vote_counts(
     num_classes: int,
     generator: torch.Generator,
     batch_size: int | None = None,
+    shared: bool = False,
 ) -> Tensor:  # int64 [B, num_classes], on the CPU
     """How often each class is the argmax in n noisy draws of each input."""
-    options = {"sigma": sigma, "num_classes": num_classes, "generator": generator, "batch_size": batch_size}
-    return joint_vote_counts([model], x, n, **options)[0]
+    options = {"sigma": sigma, "num_classes": num_classes, "generator": generator}
+    return joint_vote_counts([model], x, n, batch_size=batch_size, shared=shared, **options)[0]
 
 
 def joint_vote_counts(
@@ -176,24 +180,25 @@ def joint_vote_counts(
     num_classes: int,
     generator: torch.Generator,
     batch_size: int | None = None,
+    shared: bool = False,
 ) -> Tensor:  # int64 [V, B, num_classes], on the CPU
     """`vote_counts` of V classifiers on the *same* noisy draws (classifiers that read disjoint parts stay independent)."""
     check_at_least("num_classes", num_classes, 2)
-    check_at_least("n", n, 1)
-    done = 0
     votes = torch.zeros(len(models), len(x) * num_classes, dtype=torch.int64, device=x.device)
     broken = torch.zeros((), dtype=torch.bool, device=x.device)
     with evaluating(*models), torch.inference_mode():
-        for rows, noisy in noisy_batches(x, n, sigma=sigma, generator=generator, batch_size=batch_size):
-            first = done // n  # votes are counted from the batch's first input on: the table stays small
-            done += len(rows)
+        for rows, noisy in noisy_batches(x, n, sigma=sigma, generator=generator, batch_size=batch_size, shared=shared):
+            first, size = (
+                int(rows[0]),
+                int(rows[-1] - rows[0]) + 1,
+            )  # count from the batch's first input on: small tables
+            offset = ((rows - first) * num_classes).to(x.device)
             for view, model in enumerate(models):
                 # a model that works in place (a first ReLU) must not change what the next one sees
                 logits = model(noisy if len(models) == 1 else noisy.clone())
                 _check_logits(logits, len(rows), num_classes)
                 broken |= ~torch.isfinite(logits).all()
-                cell = (rows - first) * num_classes + logits.argmax(1)
-                table = torch.bincount(cell, minlength=((done - 1) // n - first + 1) * num_classes)
+                table = torch.bincount(offset + logits.argmax(1), minlength=size * num_classes)
                 votes[view, first * num_classes :][: len(table)] += table
     if bool(broken):
         raise InvalidInput("The model gives NaN or infinite logits under noise; nothing can be certified.")
@@ -207,38 +212,44 @@ def noisy_batches(
     sigma: float | Tensor,
     generator: torch.Generator,
     batch_size: int | None = None,
+    shared: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """n draws x + sigma e of every input: pairs (row in x `[b]`, noisy inputs `[b, ...]`).
+    """n draws x + sigma e of every input: pairs (row in x, int64 `[b]` on the CPU, ascending; noisy inputs `[b, ...]`).
 
     The noisy tensor is a buffer that the next draw overwrites: use it at once. `sigma` may be a tensor that broadcasts
-    over one input.
+    over one input. `shared` uses the same n draws for all inputs.
     """
-    if isinstance(sigma, Tensor):
-        check(bool((sigma > 0).all()), "sigma must be positive everywhere.")
-    else:
-        check_positive("sigma", sigma)
+    check_at_least("n", n, 1)
+    check(bool((torch.as_tensor(sigma) > 0).all()), f"sigma must be positive, got {sigma!r}.")
+    check(math.isfinite(float(torch.as_tensor(sigma).max())), f"sigma must be finite, got {sigma!r}.")
+    scale = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     size = min(batch_size or default_batch(x), len(x) * n)
     check_at_least("batch_size", size, 1)
     # Buffers are filled in place: fresh memory for each batch costs more than drawing the noise does.
     noisy = x.new_empty(size, *x.shape[1:])
     noise = torch.empty(noisy.shape, dtype=x.dtype, device=generator.device)
-    for start in range(0, len(x) * n, size):
-        index = torch.arange(start, min(start + size, len(x) * n), device=x.device)
-        rows = index.div_(n, rounding_mode="floor")
-        out, e = noisy[: len(rows)], noise[: len(rows)]
-        torch.index_select(x, 0, rows, out=out)
-        e.normal_(generator=generator)
-        if isinstance(sigma, Tensor):
-            out.addcmul_(e.to(x.device), sigma.to(x))
-        else:
-            out.add_(e.to(x.device), alpha=sigma)
-        yield rows, out
+    if not shared:
+        for start in range(0, len(x) * n, size):
+            rows = torch.arange(start, min(start + size, len(x) * n)).div_(n, rounding_mode="floor")
+            out, e = noisy[: len(rows)], noise[: len(rows)].normal_(generator=generator)
+            torch.index_select(x, 0, rows.to(x.device), out=out)
+            yield rows, out.addcmul_(e.to(x.device), scale)
+        return
+    draws = min(n, size)  # a batch is some draws, each added to as many inputs as fit
+    inputs = size // draws
+    for start in range(0, n, draws):
+        e = noise[: min(draws, n - start)].normal_(generator=generator).to(x.device) * scale
+        for first in range(0, len(x), inputs):
+            some = x[first : first + inputs, None]
+            out = noisy[: len(some) * len(e)]
+            torch.add(some, e, out=out.view(len(some), *e.shape))
+            yield torch.arange(first, first + len(some)).repeat_interleave(len(e)), out
 
 
 def default_batch(x: Tensor) -> int:
     """A batch whose activations stay in a CPU core's cache (bigger ones are up to twice slower), large on a GPU."""
     numbers = max(1, math.prod(x.shape[1:]))
-    return min(max(2**17 // numbers, 64), 1024) if x.device.type == "cpu" else min(max(2**23 // numbers, 64), 8192)
+    return min(max(2**17 // numbers, 128), 512) if x.device.type == "cpu" else min(max(2**23 // numbers, 64), 8192)
 
 
 def certified_accuracy(

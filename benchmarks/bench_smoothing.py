@@ -1,0 +1,202 @@
+"""Certification speed: `surefoot.nn.smoothing.certify` against a plain loop of the published procedure and against ART.
+
+Same network, same images, same n0, n, alpha and noise level; each side uses its own random stream, so that counts differ by
+sampling and the answers (class, radius up to sampling error) must agree. The plain loop is the one of the paper's code: one image at
+a time, batches of 1000 repeated images, counts in a Python loop. ART runs at batch 256, better for it than its default 32.
+Median of five runs of one thread's processor time, so that neighbours on the machine count for little. Memory: what the calls add to the process's peak, each in a process of its own.
+
+Run: python benchmarks/bench_smoothing.py
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.stats import beta, norm
+from torch import Tensor, nn
+
+from surefoot.certified.dual_smoothing import DualSmoothedClassifier
+from surefoot.models.networks import mlp, small_cnn
+from surefoot.nn.smoothing import certify
+
+SIGMA, N0, ALPHA, CLASSES = 0.25, 100, 0.001, 10
+CASES = {  # network, input shape, images, n
+    "mlp 1x8x8": (lambda: mlp((1, 8, 8), CLASSES, hidden=(64,)), (1, 8, 8), 20, 10_000),
+    "small_cnn 1x8x8": (lambda: small_cnn((1, 8, 8), CLASSES), (1, 8, 8), 10, 5000),
+    "pooled cnn 1x28x28": (lambda: pooled_cnn(28), (1, 28, 28), 4, 2000),
+    "small_cnn 3x32x32": (lambda: small_cnn((3, 32, 32), CLASSES), (3, 32, 32), 3, 2000),
+}
+Answer = tuple[np.ndarray, np.ndarray]  # class [B], radius [B]
+
+
+def pooled_cnn(size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * (size // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, CLASSES),
+    )  # fmt: skip
+
+
+def plain_counts(model: nn.Module, x: Tensor, n: int, batch: int) -> np.ndarray:
+    counts = np.zeros(CLASSES, dtype=int)
+    left = n
+    while left > 0:
+        size = min(batch, left)
+        left -= size
+        repeated = x.repeat(size, 1, 1, 1)
+        guesses = model(repeated + torch.randn_like(repeated) * SIGMA).argmax(1)
+        for guess in guesses.numpy():
+            counts[guess] += 1
+    return counts
+
+
+def plain_loop(model: nn.Module, x: Tensor, n: int, batch: int = 1000) -> Answer:
+    """The published procedure, one image at a time."""
+    classes, radii = [], []
+    with torch.no_grad():
+        for image in x:
+            chosen = int(plain_counts(model, image, N0, batch).argmax())
+            hits = plain_counts(model, image, n, batch)[chosen]
+            low = beta.ppf(ALPHA, hits, n - hits + 1) if hits else 0.0
+            classes.append(chosen if low > 0.5 else -1)
+            radii.append(SIGMA * norm.ppf(low) if low > 0.5 else 0.0)
+    return np.array(classes), np.array(radii)
+
+
+def art(model: nn.Module, x: Tensor, n: int) -> Answer:
+    from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+
+    smoothed = PyTorchRandomizedSmoothing(
+        model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), CLASSES,
+        sample_size=N0, scale=SIGMA, alpha=ALPHA, device_type="cpu",
+    )  # fmt: skip
+    return smoothed.certify(x.numpy(), n=n, batch_size=256)
+
+
+def ours(model: nn.Module, x: Tensor, n: int) -> Answer:
+    found = certify(
+        model, x, sigma=SIGMA, num_classes=CLASSES, generator=torch.Generator().manual_seed(0), n0=N0, n=n, alpha=ALPHA
+    )
+    return found.prediction.numpy(), found.radius.numpy()
+
+
+def ours_shared(model: nn.Module, x: Tensor, n: int) -> Answer:
+    """One set of draws for all images."""
+    g = torch.Generator().manual_seed(0)
+    found = certify(model, x, sigma=SIGMA, num_classes=CLASSES, generator=g, n0=N0, n=n, alpha=ALPHA, shared=True)
+    return found.prediction.numpy(), found.radius.numpy()
+
+
+def dual_plain(model: nn.Module, x: Tensor, n: int) -> Answer:
+    """Dual certification one image at a time, each half with its own loop and draws, as the published code does it."""
+    assert isinstance(model, DualSmoothedClassifier)
+    classes, radii = [], []
+    with torch.no_grad():
+        for image in x:
+            first = sum(plain_counts(half, image, N0, 1000) for half in (model.left, model.right))
+            chosen = int(np.asarray(first).argmax())
+            hits = [plain_counts(half, image, n, 1000)[chosen] for half in (model.left, model.right)]
+            low = [beta.ppf(ALPHA / 2, k, n - k + 1) if k else 0.0 for k in hits]
+            reach = norm.ppf(low[0]) + norm.ppf(low[1])
+            classes.append(chosen if reach > 0 else -1)
+            radii.append(SIGMA * reach / 2**0.5 if reach > 0 else 0.0)
+    return np.array(classes), np.array(radii)
+
+
+def dual_ours(model: nn.Module, x: Tensor, n: int) -> Answer:
+    assert isinstance(model, DualSmoothedClassifier)
+    found = model.certify(x, generator=torch.Generator().manual_seed(0), n0=N0, n=n, alpha=ALPHA)
+    return found.prediction.numpy(), found.radius.numpy()
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor, int], Answer]] = {
+    "plain loop": plain_loop, "art": art, "ours": ours, "ours, shared draws": ours_shared, "dual plain loop": dual_plain, "dual ours": dual_ours,
+}  # fmt: skip
+
+
+def setup(case: str) -> tuple[nn.Module, Tensor, int]:
+    factory, shape, images, n = CASES[case.removeprefix("dual ")]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model: nn.Module = factory().eval()
+    list(model.parameters())[-2].data.mul_(
+        3.0
+    )  # spread the classes: an untrained net should neither tie nor be constant
+    x = torch.rand(images, *shape)
+    if case.startswith("dual "):
+        model = DualSmoothedClassifier(model, model, sigma=SIGMA, num_classes=CLASSES, shape=shape).eval()
+    return model, x, n
+
+
+def measure(case: str, way: str, repeats: int, pipe: object) -> None:
+    """Median seconds, peak MB added, and the answer; or the sentence that says why there is none."""
+    try:
+        model, x, n = setup(case)
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002  ART draws from numpy's global generator
+        WAYS[way](model, x[:1], 200)  # imports and first calls are nobody's work
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = []
+        for _ in range(repeats):
+            start = time.process_time()
+            answer = WAYS[way](model, x, n)
+            seconds.append(time.process_time() - start)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        pipe.send((statistics.median(seconds), grown, answer))  # type: ignore[attr-defined]
+    except ImportError as error:
+        pipe.send(f"{error}")  # type: ignore[attr-defined]
+
+
+def alone(case: str, way: str, repeats: int = 5) -> tuple[float, float, Answer] | str:
+    """`measure` in a fresh process, so that peaks do not mix."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(case, way, repeats, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def rows() -> list[dict]:
+    """One row a network and peer; `quality` compares the answers."""
+    table = []
+    jobs = [(case, "ours", peer) for case in CASES for peer in ("plain loop", "art")]
+    jobs += [("mlp 1x8x8", "ours, shared draws", peer) for peer in ("plain loop", "art")]
+    jobs += [("dual pooled cnn 1x28x28", "dual ours", "dual plain loop")]
+    known: dict[tuple[str, str], tuple[float, float, Answer] | str] = {}
+    for case, way, peer in jobs:
+        for key in ((case, way), (case, peer)):
+            if key not in known:
+                known[key] = alone(*key)
+        mine, theirs = known[case, way], known[case, peer]
+        assert not isinstance(mine, str)
+        row: dict = {
+            "what": f"certify, {case}, n = {CASES[case.removeprefix('dual ')][3]}"
+            + way.removeprefix("dual ").removeprefix("ours"),
+            "peer": peer,
+        }
+        row |= {"ours_s": mine[0], "ours_mb": mine[1]}
+        if isinstance(theirs, str):
+            table.append(row | {"peer_s": None, "ratio": None, "quality": "", "peer_mb": None, "note": theirs})
+            continue
+        same = float((mine[2][0] == theirs[2][0]).mean())
+        gap = float(np.abs(mine[2][1] - theirs[2][1]).max()) / SIGMA
+        quality = f"same class {same:.0%}, radii within {gap:.3f} sigma (sampling)"
+        table.append(
+            row | {"peer_s": theirs[0], "ratio": theirs[0] / mine[0], "quality": quality, "peer_mb": theirs[1]}
+        )
+    return table
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
