@@ -256,7 +256,7 @@ def small(seed=0):
     return task, seeded_build(lambda: mlp((1, 8, 8), 10, hidden=(64,)), task.generator("model"))
 
 
-@pytest.mark.parametrize("treatment", [LDR(), LDR(adaptive=False), LDR(lam0=10.0, normalize="softplus")])
+@pytest.mark.parametrize("treatment", [LDR(), LDR(adaptive=False), LDR(lam0=1.0, normalize="softplus")])
 def test_treatment_trains_and_keeps_the_contract(treatment, tmp_path):
     task, model = small()
     weights, training = copy.deepcopy(model.state_dict()), Training(epochs=30, lr=5e-3)
@@ -289,4 +289,4 @@ def test_treatment_refuses():
     few = replace(task.train.take(slice(0, 64)), x=task.train.x[:64].double())
     run = fit(model.double(), task.changed(train=few), Training(epochs=1), (LDR(),))
     assert run.treatments[0].loss_.temperatures.dtype == torch.float64
-    assert LDR(lam0=10.0).settings() == {"lam0": 10.0, "alpha": 2.0, "margin": 0.1, "normalize": "l1", "adaptive": True}
+    assert LDR().settings() == {"lam0": 10.0, "alpha": 2.0, "margin": 0.1, "normalize": "l1", "adaptive": True}

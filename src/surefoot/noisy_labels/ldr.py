@@ -268,9 +268,12 @@ def label_suspicion(
 
 @dataclass
 class LDR(Treatment):
-    """Label-distributionally robust loss in the training loop: adaptive (ALDR-KL), or LDR-KL at lam0 with `adaptive=False`."""
+    """Label-distributionally robust loss in the training loop: adaptive (ALDR-KL), or LDR-KL at lam0 with `adaptive=False`.
 
-    lam0: float = 1.0
+    lam0 = 10 and not the paper's 1, because with normalised logits 1 fits the noise and 10 costs nothing on clean labels.
+    """
+
+    lam0: float = 10.0
     alpha: float = 2.0
     margin: float = 0.1
     normalize: Normalize = "l1"

@@ -1,13 +1,14 @@
-"""LDR on trial: ALDR-KL and LDR-KL beside ten other losses, on four noise settings with one small MLP.
+"""LDR on trial: ALDR-KL and LDR-KL beside seven other losses, on four noise settings with one small MLP.
 
 Each arm trains on digits with clean labels, with 60 % uniform and with 30 % class-dependent noise (k becomes k + 1), and on a
 26-class Gaussian mixture in 16 dimensions with 60 % uniform noise (a stand-in for letter recognition). Validation labels carry
 the same noise as the training labels; test labels are clean. Every arm is tuned on one seed by the mean accuracy over the four
-settings, learning rate and weight decay on the same grid, the temperature-bearing losses over lam0 too (the paper tunes it).
-`accuracy` is the mean over the settings; `rank` cannot be known within an arm and is a claim over arms.
+settings: learning rate and weight decay on one grid for all, beside it lam0 for the tempered losses and q for GCE, the rival.
+`accuracy` is the mean over the settings; the mean rank is a claim over arms.
 
-Left out for time: further data sets (news20, ALOI, images), noise rates .3 and .9, truncated GCE, NCE with AGCE or AUL, tuning over
-three seeds, top-k accuracy beyond 1 and 3.
+Left out for time: further data sets (wine, news20, ALOI, images), noise rates .3 and .9, Weston-Watkins (kin to Crammer-Singer
+here), NCE with RCE (one seed: five points below GCE), AGCE or AUL, truncated GCE, tuning over three seeds, lam0 = .1 in the
+side arms (a steep loss that fits the noise).
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from surefoot.training.loop import fit
 
 TRAINING = Training(epochs=60, batch_size=64, optimizer="sgd", momentum=0.9, schedule="step", milestones=(0.5, 0.75))
 GRID = {"lr": (0.005, 0.05), "weight_decay": (5e-4, 5e-3)}
-TEMPERED = {**GRID, "lam0": (0.1, 1.0, 10.0)}
 NOISE: Mapping[str, tuple[float, NoiseKind]] = {
     "clean": (0.0, "symmetric"),
     "uniform": (0.6, "symmetric"),
@@ -115,19 +115,20 @@ def train_on_all(make: Callable[..., tuple[Treatment, ...]]) -> Callable[..., Me
     return arm
 
 
-def _baseline(name: str) -> Arm:
-    return Arm(train_on_all(lambda: (RobustLoss(name),)), GRID, system=True)
+def _baseline(name: str, **own: tuple[float, ...]) -> Arm:
+    return Arm(train_on_all(lambda **options: (RobustLoss(name, options),)), {**GRID, **own}, system=True)
 
 
-def _tempered(**fixed: object) -> Arm:
-    return Arm(train_on_all(lambda lam0: (LDR(lam0=lam0, **fixed),)), TEMPERED, system=True)  # type: ignore[arg-type]
+def _tempered(lam0: tuple[float, ...] = (1.0, 10.0), **fixed: object) -> Arm:
+    return Arm(train_on_all(lambda lam0: (LDR(lam0=lam0, **fixed),)), {**GRID, "lam0": lam0}, system=True)  # type: ignore[arg-type]
 
 
-BASELINES = ("ce", "cs", "ww", "mae", "gce", "sce", "rll", "nce_rce", "js")
+BASELINES = ("ce", "cs", "mae", "gce", "sce", "rll", "js")
 ARMS: Mapping[str, Arm] = {
     **{name: _baseline(name) for name in BASELINES},
+    "gce": _baseline("gce", q=(0.5, 0.7, 0.9)),
     "ldr": _tempered(adaptive=False, normalize="softplus"),
-    "aldr": _tempered(),
+    "aldr": _tempered(lam0=(0.1, 1.0, 10.0)),
     "aldr_frozen": _tempered(adaptive=False),
     "aldr_unnormalized": _tempered(normalize="none"),
 }
