@@ -283,7 +283,7 @@ def bound_health(
 class FastIBP(Treatment):
     """Certified training at radius `eps`: `natural` share of the steps clean, then a ramp over the share `ramp`.
 
-    Good with Adam, learning rate 5e-4 for long schedules and 2e-3 for short ones, times 0.2 at 70 % and 85 % of the run.
+    Good with Adam, learning rate 5e-4 for long schedules and 4e-3 for short ones, times 0.2 at 70 % and 85 % of the run.
     `margins="crown-ibp"` starts from CROWN-IBP margins and fades to IBP along the ramp.
     """
 
