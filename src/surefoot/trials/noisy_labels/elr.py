@@ -38,7 +38,7 @@ from surefoot.training.loop import fit
 TRAINING = Training(epochs=200, batch_size=64, optimizer="sgd", lr=0.02, momentum=0.9, schedule="constant")
 DECAYS = (0.0, 1e-3, 5e-3, 1e-2, 2e-2)
 STANDARD_TRAINING = TRAINING.changed(epochs=60, batch_size=128)
-STANDARD_DECAYS = (0.0, 1e-3, 5e-3, 1e-2)
+STANDARD_DECAYS = (0.0, 1e-3, 1e-2, 2e-2)
 
 
 def noisy_digits(seed: int, data_dir: Path | None) -> Task:
