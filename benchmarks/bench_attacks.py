@@ -2,7 +2,7 @@
 
 An adversarially trained CNN on digits (8 x 8) and one on digits blown up to 28 x 28. Ours and the peer run in turn in one process
 on one thread, five times each after one untimed run; the median counts. `quality` gives the robust accuracy of both: a time
-counts only if ours is no more than half a point above the peer's. Memory: what the call adds to the resident memory of the process.
+counts only if ours is no more than half a point, or three examples, above the peer's (random starts move each by one or two). Memory: what the call adds to the resident memory of the process.
 
 The peer's AutoAttack runs APGD and APGD-T with 10 steps, FAB-T with 10, Square with 5000 queries; our suite does the same
 without FAB-T.
@@ -79,7 +79,7 @@ def row(what: str, ours: Attack, peer: str, theirs: Attack | None, model: nn.Mod
     if theirs is None:
         return found | {"quality": f"robust accuracy {accuracy[0]:.3f}", "note": f"{peer} is not installed"}
     quality = f"robust accuracy {accuracy[0]:.3f} | {accuracy[1]:.3f}"
-    if accuracy[0] > accuracy[1] + 0.005:
+    if accuracy[0] > accuracy[1] + max(0.005, 3 / len(y)):
         quality += " NOT EQUAL"
     return found | {"peer_s": seconds[1], "peer_mb": memory[1], "ratio": seconds[0] / seconds[1], "quality": quality}
 
@@ -104,11 +104,11 @@ def compare(size: int, n: int) -> list[dict]:
     model, x, y = subject(size, n)
     peer, name = _peer("torchattacks"), f"{n} digits {size}x{size}"
 
-    def theirs(kind: str, **settings) -> Attack | None:
+    def theirs(kind: str, most: int = n, **settings) -> Attack | None:
         if peer is None:
             return None
         attack = getattr(peer, kind)(model, eps=EPS, **settings)
-        return lambda: attack(x, y)
+        return lambda: attack(x[:most], y[:most])
 
     def fresh() -> torch.Generator:
         return torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def compare(size: int, n: int) -> list[dict]:
 
     own_pgd = lambda: pgd(model, x, y, eps=EPS, steps=STEPS, generator=fresh()).x  # noqa: E731
     own_apgd = lambda: apgd(model, x, y, eps=EPS, steps=100, generator=fresh()).x  # noqa: E731
-    own_targeted = lambda: standard_suite(model, x, y, attacks=("apgd-t",), steps=50, **suite()).x  # noqa: E731
+    own_targeted = lambda: standard_suite(model, x, y, attacks=("apgd-t",), steps=20, **suite()).x  # noqa: E731
     own_square = lambda: square(model, x, y, eps=EPS, queries=500, generator=fresh()).x  # noqa: E731
     rows = [
         row(f"PGD-{STEPS}, {name}", own_pgd, "torchattacks", theirs("PGD", alpha=2.5 * EPS / STEPS, steps=STEPS), model, y),
@@ -126,12 +126,13 @@ def compare(size: int, n: int) -> list[dict]:
         row(f"PGD-{STEPS} of a training loop, {name}", lambda: pgd_train(model, x, y, eps=EPS, steps=STEPS, generator=fresh()),
             "torchattacks", theirs("PGD", alpha=2.5 * EPS / STEPS, steps=STEPS), model, y),
         row(f"APGD-CE 100, {name}", own_apgd, "torchattacks", theirs("APGD", steps=100), model, y),
-        row(f"APGD-T 50, {name}", own_targeted, "torchattacks", theirs("APGDT", steps=50, n_classes=10), model, y),
+        row(f"APGD-T 20, {name}", own_targeted, "torchattacks", theirs("APGDT", steps=20, n_classes=10), model, y),
         row(f"Square 500, {name}", own_square, "torchattacks", theirs("Square", n_queries=500), model, y),
     ]  # fmt: skip
     if size == 8:
-        own_suite = lambda: standard_suite(model, x, y, steps=10, **suite()).x  # noqa: E731
-        rows.append(row(f"suite, {name}", own_suite, "torchattacks AutoAttack", theirs("AutoAttack", n_classes=10), model, y))  # fmt: skip
+        few = 200  # the peer's FAB-T takes its time
+        own_suite = lambda: standard_suite(model, x[:few], y[:few], steps=10, **suite()).x  # noqa: E731
+        rows.append(row(f"suite, {few} digits", own_suite, "torchattacks AutoAttack", theirs("AutoAttack", few, n_classes=10), model, y[:few]))  # fmt: skip
     return rows
 
 
@@ -139,7 +140,7 @@ def rows() -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return compare(8, 600) + compare(28, 200)
+        return compare(8, 600) + compare(28, 100)
     finally:
         torch.set_num_threads(threads)
 
