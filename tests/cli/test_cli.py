@@ -104,3 +104,24 @@ def test_unlabelled_photos(tmp_path):
     assert "translation_consistency" in {f["instrument"] for f in result["findings"]}
     assert "accuracy" in {s["instrument"] for s in result["skipped"]}
     assert all(s["reason"].strip()[-1] in ".!?" for s in result["skipped"])
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(tmp_path):
+    """Killed in its training, the same command goes on from the checkpoint and ends where an undisturbed run ends."""
+    args = ["harden", "small_cnn", "--data", "digits", "--with", "tract", "--epochs", "30", "--budget", "quick", "--only", "accuracy", "--json"]  # fmt: skip
+    whole = surefoot(*args, "--out", "whole", cwd=tmp_path)
+    running = subprocess.Popen([*RUN, *args, "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while (
+        not list((tmp_path / "killed").glob("training-*.pt")) and time.monotonic() < deadline and running.poll() is None
+    ):
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert list((tmp_path / "killed").glob("training-*.pt"))
+    again = surefoot(*args, "--out", "killed", cwd=tmp_path)
+    assert "Going on" in again.stderr
+    values = [json.loads(run.stdout)["after"]["findings"][0]["value"] for run in (whole, again)]
+    assert values[0] == values[1]
+    assert not list((tmp_path / "killed").glob("training-*.pt"))

@@ -200,6 +200,9 @@ def run_harden(
     check(loaded.recipe["kind"] != "saved", f"{source.model} is already a hardened model; harden the original model with the longer list of treatments.")  # fmt: skip
     start = loaded.subject
     subject = start if loaded.trained else _train_control(loaded, training, console)
+    checkpoint = _checkpoint(out, source, stack, training, label_noise)
+    if checkpoint.exists():
+        console.print(f"Going on with the interrupted training in {checkpoint}.")
     with _bar(console) as bar:
         line = bar.add_task("auditing", total=None)
         result = harden(
@@ -215,13 +218,24 @@ def run_harden(
                 line, completed=done, total=total, description=f"training, loss {loss:.3f}"
             ),
             audit_progress=lambda title, done, total: bar.update(line, completed=done, total=total, description=title),
+            checkpoint=checkpoint,
         )
+    checkpoint.unlink(missing_ok=True)
     page = write_harden_report(result, out)
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
         print_hardened(result, console)
         console.print(f"\nModel: {out / 'model'}\nReport: {page}")
+
+
+def _checkpoint(out: Path, source: Source, stack: str, training: Training, label_noise: float) -> Path:
+    """Where an interrupted run left its training: a name that only the very same run has."""
+    import hashlib
+
+    key = hashlib.sha256(repr((source, stack, training, label_noise)).encode()).hexdigest()[:12]
+    out.mkdir(parents=True, exist_ok=True)
+    return out / f"training-{key}.pt"
 
 
 def summary_lines(result: Hardened) -> list[str]:
