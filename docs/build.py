@@ -37,7 +37,9 @@ def evidence_section(method: catalog.Method) -> list[str]:
             numbers = ["–" if c[k] is None else f"{c[k]:.3g}" for k in ("effect", "low", "high")]
             lines.append(f"| {MARK[c['verdict']]} | {c['claim']} | {numbers[0]} | {numbers[1]} to {numbers[2]} |")
         arms = data["arms"]
-        metrics = list(dict.fromkeys(m for values in arms.values() for m in values))
+        metrics = [
+            m for m in dict.fromkeys(m for values in arms.values() for m in values) if not catalog.is_curve_point(m)
+        ]
         lines += [
             "",
             "| arm | " + " | ".join(m.replace("_", " ") for m in metrics) + " |",

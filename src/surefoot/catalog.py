@@ -149,6 +149,11 @@ def verdicts(method: Method) -> dict[str, dict[str, str]]:
     return {tier: {c["claim"]: c["verdict"] for c in data["claims"]} for tier, data in tiers.items()}
 
 
+def is_curve_point(metric: str) -> bool:
+    """Whether a metric is one epoch of a curve (`e01`, `e02`, ...), which tables leave out."""
+    return re.fullmatch(r"e\d+", metric) is not None
+
+
 # --- plugs ----------------------------------------------------------------------------------------------------------
 
 

@@ -307,7 +307,7 @@ def run_trial_job(
 def print_trial(facts: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
-    metrics = [m for m in _metrics(facts["arms"].values()) if m != "peak_mb"]
+    metrics = [m for m in _metrics(facts["arms"].values()) if m != "peak_mb" and not catalog.is_curve_point(m)]
     table = Table(
         box=None,
         pad_edge=False,

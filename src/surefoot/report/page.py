@@ -253,7 +253,9 @@ def write_evidence_page(path: Path) -> Path:
 
 
 def _tier(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = list(dict.fromkeys(m for values in data["arms"].values() for m in values))
+    metrics = [
+        m for m in dict.fromkeys(m for values in data["arms"].values() for m in values) if not catalog.is_curve_point(m)
+    ]
 
     def mean(values: list[float | None]) -> float | None:
         known = [v for v in values if v is not None]
