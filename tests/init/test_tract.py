@@ -94,6 +94,22 @@ def test_small_batches_keep_precision_in_float32() -> None:
     assert (layer_grads(layer, x.float(), g.float())[0].double() - exact).norm() < 1e-5 * exact.norm()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_agree_with_and_without_an_input_gradient(bias: bool) -> None:
+    layer, x, g = TrActLinear(40, 3, bias=bias, dtype=torch.float64), draw(2, 5, 40), draw(2, 5, 3, seed=1)
+    expected = tract_weight_grad(x.reshape(10, 40), g.reshape(10, 3))
+    assert torch.allclose(layer_grads(layer, x, g)[0], expected, atol=1e-12)
+    layer.zero_grad()
+    z = layer(x)
+    z.backward(g)
+    assert torch.equal(z, F.linear(x, layer.weight, layer.bias))
+    assert layer.weight.grad is not None and torch.allclose(layer.weight.grad, expected, atol=1e-12)
+    if bias:
+        assert layer.bias.grad is not None and torch.allclose(layer.bias.grad, g.sum((0, 1)), atol=1e-12)
+    with pytest.raises(UnsupportedOp, match="create_graph"):
+        torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
+
+
 def test_rotation_equivariance_and_contrast_invariance() -> None:
     x, g = draw(20, 6), draw(20, 3, seed=1)
     q = torch.linalg.qr(draw(6, 6, seed=2)).Q
@@ -210,8 +226,9 @@ def test_all_zero_batch_and_huge_inputs_stay_finite() -> None:
     assert layer_grads(layer, pixels.expand(64, 50), torch.ones(64, 3))[0].isfinite().all()
 
 
-def test_autocast_and_half_precision_solve_in_float32() -> None:
-    x, g = draw(40, 6).float(), draw(40, 3, seed=1).float()
+@pytest.mark.parametrize("rows", [40, 4])
+def test_autocast_and_half_precision_solve_in_float32(rows: int) -> None:
+    x, g = draw(rows, 6).float(), draw(rows, 3, seed=1).float()
     exact = tract_weight_grad(x, g)
     layer = TrActLinear(6, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -225,10 +242,10 @@ def test_autocast_and_half_precision_solve_in_float32() -> None:
     assert grad.dtype == torch.bfloat16 and (grad.float() - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("kind", ["linear", "few rows", "conv"])
 def test_compiled_equals_eager(kind: str) -> None:
-    layer = TrActLinear(6, 3) if kind == "linear" else TrActConv2d(1, 3, 3, stride=2)
-    x = draw(20, 6).float() if kind == "linear" else draw(4, 1, 9, 9).float()
+    layer = TrActConv2d(1, 3, 3, stride=2) if kind == "conv" else TrActLinear(6, 3)
+    x = draw(4, 1, 9, 9).float() if kind == "conv" else draw(5 if kind == "few rows" else 20, 6).float()
     expected = torch.autograd.grad(layer(x).square().sum(), layer.weight)[0]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.allclose(torch.autograd.grad(compiled(x).square().sum(), layer.weight)[0], expected, rtol=1e-5)

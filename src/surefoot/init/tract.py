@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -66,7 +66,7 @@ def _ridge_solve(moment: Tensor, lam: float, right: Tensor) -> Tensor:
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     diagonal += torch.finfo(moment.dtype).eps * diagonal.sum(-1, keepdim=True) + lam
     factor = torch.linalg.cholesky_ex(moment)[0]
-    return torch.cholesky_solve(right, factor)
+    return torch.cholesky_inverse(factor) @ right  # faster than cholesky_solve, which takes columns one by one
 
 
 def _check_real(x: Tensor) -> None:
@@ -154,17 +154,51 @@ class _Precondition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise UnsupportedOp(
-                "TrAct's weight gradient is not the gradient of a function, so create_graph=True has no meaning here; "
-                "unapply TrAct where second derivatives are needed."
-            )
+        _refuse_create_graph()
         (x,) = ctx.saved_tensors
-        half = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
-            wide = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+        with _no_autocast(x):
+            wide = _wide(x, grad)
             result = _preconditioned(grad.to(wide), x.to(wide), ctx.lam, ctx.patches, ctx.sync)
         return result.to(grad.dtype), None, None, None, None
+
+
+class _FewRows(torch.autograd.Function):
+    """A linear layer with fewer rows than inputs, none of which takes a gradient: the N side straight from the upstream gradient,
+    in the place of the ordinary product and not on top of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lam: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.lam, ctx.dtypes = lam, (weight.dtype, None if bias is None else bias.dtype)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor | None, None]:  # type: ignore[override]
+        _refuse_create_graph()
+        (x,) = ctx.saved_tensors
+        with _no_autocast(x):
+            g, wide = g.reshape(-1, g.shape[-1]), _wide(x, g)
+            rows = x.reshape(-1, x.shape[-1]).to(wide)
+            grad = _ridge_solve(rows @ rows.mT / len(rows), ctx.lam, g.to(wide)).mT @ rows
+        of_weight, of_bias = ctx.dtypes
+        return None, grad.to(of_weight), None if of_bias is None else g.sum(0).to(of_bias), None
+
+
+def _refuse_create_graph() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UnsupportedOp(
+            "TrAct's weight gradient is not the gradient of a function, so create_graph=True has no meaning here; "
+            "unapply TrAct where second derivatives are needed."
+        )
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _wide(x: Tensor, grad: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
 
 
 def _preconditioned(grad: Tensor, x: Tensor, lam: float, patches: Patches | None, sync: bool) -> Tensor:
@@ -193,9 +227,12 @@ class _TrActLayer:
     training: bool
     weight: Tensor
 
-    def _weight(self, x: Tensor, patches: Patches | None) -> Tensor:
+    def _acts(self, x: Tensor) -> bool:
         _check_real(x)
-        if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad) or x.numel() == 0:
+        return self.training and torch.is_grad_enabled() and self.weight.requires_grad and x.numel() > 0
+
+    def _weight(self, x: Tensor, patches: Patches | None) -> Tensor:
+        if not self._acts(x):
             return self.weight
         return _Precondition.apply(self.weight, x.detach(), self.lam, patches, self.sync)  # type: ignore[no-any-return]
 
@@ -208,6 +245,9 @@ class TrActLinear(_TrActLayer, nn.Linear):
         self.lam, self.sync = _checked(lam), sync
 
     def forward(self, input: Tensor) -> Tensor:  # [..., n] -> [..., m]
+        few = input.numel() < input.shape[-1] ** 2 and not self.sync
+        if few and not input.requires_grad and self._acts(input):
+            return _FewRows.apply(input, self.weight, self.bias, self.lam)  # type: ignore[no-any-return]
         return F.linear(input, self._weight(input, None), self.bias)
 
 
