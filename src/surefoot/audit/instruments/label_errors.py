@@ -14,7 +14,9 @@ probability and y the given label:
 The value is the first; it misses errors that always go to one look-alike class, because proxies learn those as well. The second
 counts them, but the proxies' own confusions too. So the interval runs from the lower end of the first to the upper end of the
 second (each with its 95 % sampling interval), and covers the true share if label errors are no commoner among easy examples
-than elsewhere and at most of the two kinds. Suspects are ranked by EL2N, ||p - onehot(y)||, averaged over repeats.
+than elsewhere and at most of the two kinds. Measured on digits with planted errors, 20 draws each: covered 18, 20 and 19 times at
+0, 10 and 40 % uniform errors (values .000, .100, .397 on average), 20 and 20 times at 10 and 40 % errors of the kind k -> k + 1, where
+the value itself stays near zero. Suspects are ranked by EL2N, ||p - onehot(y)||, averaged over repeats.
 
 The subject itself is not looked at: it was trained on these labels. Source of the scores: Paul et al. 2021 (arXiv 2107.07075);
 of the regulariser: Liu et al. 2020 (arXiv 2007.00151); of cross-fitted label audits: Northcutt et al. 2021 (arXiv 1911.00068).
