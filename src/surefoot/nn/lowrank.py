@@ -96,6 +96,11 @@ def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return root[:, None] * (vh[:kept] @ q_a.mT), (q_b @ u[:, :kept]) * root, s[kept:]
 
 
+def all_finite(weight: Tensor) -> bool:
+    """One pass over a non-empty tensor: NaN and infinity show in its extremes."""
+    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +144,7 @@ class Adapter(nn.Module):
 
     `weight` and `bias` read like the plain layer's (the merged ones), so code that reaches into the layer, as
     `nn.MultiheadAttention` and the fused transformer layers do, computes the adapted function. `drift` is
-    max |W - (W_base + s B0 A0)| / max |W| as stored.
+    max |W - (W_base + s B0 A0)| / max |W| where W_base had to be rounded to a narrower type than the factors', else 0.
     """
 
     A0: Tensor
@@ -178,9 +183,10 @@ class Adapter(nn.Module):
                 base.float()
                 stored = from_matrix(kind, factors.residual, weight.shape).float()
             weight.data = stored
-            scale = original.abs().max().clamp_min(torch.finfo(original.dtype).tiny)
-            at_start = torch.addmm(to_matrix(kind, stored).to(original.dtype), b0, a0, alpha=self.scaling)
-            self.drift = ((at_start - original).abs().max() / scale).item()
+            if exact and stored.dtype != factors.residual.dtype:
+                scale = original.abs().max().clamp_min(torch.finfo(original.dtype).tiny)
+                at_start = torch.addmm(to_matrix(kind, stored).to(original.dtype), b0, a0, alpha=self.scaling)
+                self.drift = ((at_start - original).abs().max() / scale).item()
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(factors.A.detach().clone().contiguous())
         self.B = nn.Parameter(factors.B.detach().clone().contiguous())

@@ -38,7 +38,16 @@ from torch.nn import functional as F
 from surefoot.core.task import Task
 from surefoot.core.treatment import Treatment
 from surefoot.errors import InvalidInput, MissingExtra, check, check_at_least, check_positive
-from surefoot.nn.lowrank import LowRank, attach_, detach_, layer_kind, match_layers, randomized_svd, to_matrix
+from surefoot.nn.lowrank import (
+    LowRank,
+    all_finite,
+    attach_,
+    detach_,
+    layer_kind,
+    match_layers,
+    randomized_svd,
+    to_matrix,
+)
 from surefoot.nn.lowrank_io import from_peft, load_adapter_, save_adapter, start_peft_, to_peft
 
 if TYPE_CHECKING:
@@ -65,7 +74,7 @@ def pissa_factors(
     check(weight.device.type != "meta", "weight is on the meta device; load its values first.")
     check_at_least("rank", rank, 1)
     check_positive("scaling", scaling)
-    check(bool(weight.isfinite().all()), "weight holds NaN or infinite values; load a sound checkpoint.")
+    check(all_finite(weight), "weight holds NaN or infinite values; load a sound checkpoint.")
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     a, b = _principal(weight, rank, scaling, niter, generator)
     return LowRank(a, b, scaling, torch.addmm(weight, b, a, alpha=-scaling))

@@ -35,8 +35,8 @@ from surefoot.training.loop import accuracy, fit
 
 PRETRAINING = Training(steps=1000, optimizer="adamw", lr=1e-3)
 TRAINING = Training(steps=150, batch_size=64, optimizer="adamw", schedule="cosine", warmup=0.03)
-ADAPTER_GRID: Mapping[str, tuple[float, ...]] = {"lr": (1e-2, 3e-2, 1e-1, 2e-1)}
-FULL_GRID: Mapping[str, tuple[float, ...]] = {"lr": (3e-3, 1e-2, 3e-2, 1e-1)}
+ADAPTER_GRID: Mapping[str, tuple[float, ...]] = {"lr": (1e-2, 2e-2, 4e-2, 8e-2)}
+FULL_GRID: Mapping[str, tuple[float, ...]] = {"lr": (5e-3, 1e-2, 2e-2, 4e-2)}
 PROBED = (20, 50, 150)
 
 
