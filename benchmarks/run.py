@@ -40,7 +40,7 @@ def show(row: dict) -> str:
         return "–" if value is None else f"{value:.0f} MB"
 
     ours, peer = row.get("ours_s"), row.get("peer_s")
-    ratio = row.get("ratio") or (ours / peer if ours is not None and peer else None)
+    ratio = ours / peer if ours is not None and peer else None
     first = "     –" if ratio is None else f"{ratio:6.2f}"
     times = f"{seconds(ours)} | {seconds(peer)} {row.get('peer', '')}"
     extra = row.get("note") or row.get("quality") or ""
