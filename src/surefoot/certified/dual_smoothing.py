@@ -415,6 +415,9 @@ class DualSmoothing(Treatment):
     """
 
     slug: ClassVar[str] = "dual_smoothing"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "random_pruning": "fine-tuning the two halves after training would fill the pruned weights again."
+    }
     finish_order: ClassVar[int] = 5  # after merging, before quantization: the copies still have to be trained
 
     sigma: float = 0.25
