@@ -430,3 +430,11 @@ def test_first_weight_gradient_of_a_model_is_exact_and_the_rest_plain() -> None:
             assert torch.allclose(q.grad, p.grad @ torch.linalg.inv(moment), atol=1e-12)
         else:
             assert torch.equal(p.grad, q.grad)
+
+
+def test_treatment_reports_rows_per_input():
+    """N / n of the first batch: 32 examples x 16 positions over 9 inputs of a 3x3 convolution with stride 2 on 8x8."""
+    task = digits(0, sizes=(64, 20, 20))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+    run = fit(model, task, Training(epochs=1, batch_size=32), [TrAct()])
+    assert run.treatments[0].rows_per_input_ == pytest.approx(32 * 16 / 9)

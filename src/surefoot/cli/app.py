@@ -142,6 +142,7 @@ def harden(
 def trial(
     slug: Annotated[str, typer.Argument(help="Slug of a method.")],
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 5,
+    first_seed: Annotated[int, typer.Option(help="The first seed; move it past seeds the protocol was made with.")] = 0,
     tier: Annotated[TierChoice, typer.Option(help="Which data.")] = TierChoice.embedded,
     data: Annotated[str | None, typer.Option("--data", help="Your own data in the task's place.")] = None,
     data_dir: DataDir = None,
@@ -154,7 +155,9 @@ def trial(
     """Put a method on trial against its baselines; a killed trial resumes."""
     from surefoot.cli import jobs
 
-    jobs.run_trial_job(slug, seeds, tier.value, data, data_dir, workers, ray, store, evidence, as_json)
+    jobs.run_trial_job(
+        slug, range(first_seed, first_seed + seeds), tier.value, data, data_dir, workers, ray, store, evidence, as_json
+    )
 
 
 @app.command()

@@ -264,7 +264,7 @@ def _own_task(data: str, seed: int, data_dir: Path | None) -> Task:
 
 def run_trial_job(
     slug: str,
-    seeds: int,
+    seeds: Sequence[int],
     tier: str,
     data: str | None,
     data_dir: Path | None,

@@ -396,6 +396,22 @@ def _replace(model: M, name: str, layer: nn.Module) -> M:
     return model
 
 
+@torch.no_grad()
+def _rows_per_example(model: nn.Module, name: str, example: Tensor) -> float:
+    """How many rows (positions of a convolution, tokens of a linear layer) one example gives the layer `name`."""
+    seen: list[int] = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output.numel()))
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()(example)
+    finally:
+        handle.remove()
+        for module, training in flags:
+            module.training = training
+    return seen[0] / (layer.weight.shape[0] * len(example))  # type: ignore[union-attr, index]
+
+
 @dataclass
 class TrAct(Treatment):
     """Trains the first layer by TrAct, gives plain layers back. `layer` names it where the automatic choice is not wanted.
@@ -410,6 +426,7 @@ class TrAct(Treatment):
     layer: str | None = None
     sync: bool = False
     layer_: str = field(default="", init=False)
+    rows_per_example_: float = field(default=0.0, init=False)
     rows_per_input_: float = field(default=0.0, init=False)
     grad_norms_: tuple[float, float] = field(default=(0.0, 0.0), init=False)
 
@@ -421,10 +438,14 @@ class TrAct(Treatment):
         check(parameter is not None and len(task.train) > 0, "TrAct needs a model with parameters and training data.")
         example = task.train.x[:2].to(parameter)  # type: ignore[arg-type]
         self.layer_ = first_layer(model, example) if self.layer is None else self.layer
-        return apply_tract_(model, layer=self.layer_, lam=self.lam, sync=self.sync), task
+        model = apply_tract_(model, layer=self.layer_, lam=self.lam, sync=self.sync)
+        self.rows_per_example_ = _rows_per_example(model, self.layer_, example)
+        return model, task
 
     def before_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
         if batch.step == 0:
+            inputs = model.get_submodule(self.layer_).weight[0].numel()  # type: ignore[index, union-attr]
+            self.rows_per_input_ = len(batch.x) * self.rows_per_example_ / inputs
             norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
             first = norms.pop(f"{self.layer_}.weight".lstrip("."), 0.0)
             self.grad_norms_ = (first, sum(v * v for v in norms.values()) ** 0.5)
@@ -433,7 +454,8 @@ class TrAct(Treatment):
         return unapply_tract(model)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"grad_norms_": list(self.grad_norms_)}
+        return {"grad_norms_": list(self.grad_norms_), "rows_per_input_": self.rows_per_input_}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.grad_norms_ = (float(state["grad_norms_"][0]), float(state["grad_norms_"][1]))
+        self.rows_per_input_ = float(state["rows_per_input_"])
