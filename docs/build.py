@@ -48,7 +48,7 @@ def evidence_section(method: catalog.Method) -> list[str]:
         for arm, values in arms.items():
             known = [[v for v in values.get(m, []) if v is not None] for m in metrics]
             lines.append(f"| {arm} | " + " | ".join(f"{sum(k) / len(k):.4g}" if k else "–" for k in known) + " |")
-        lines += ["", *([f"> {data['notes']}", ""] if data.get("notes") else [])]
+        lines += ["", *(line for note in data.get("notes", []) for line in (f"> {note}", ""))]
     return lines
 
 

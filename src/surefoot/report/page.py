@@ -16,7 +16,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from surefoot import catalog
 from surefoot.audit import Audit
+from surefoot.core.engine import load_trial
 from surefoot.core.finding import Chart, Finding, Thumbnails
+from surefoot.errors import SurefootError
 from surefoot.harden import Hardened
 
 LAYOUT = {
@@ -45,7 +47,7 @@ def show(value: float | None, unit: str = "") -> str:
         return "–"
     if is_share(unit):
         return f"{100 * value:.1f} %"
-    text = f"{value:.3g}"
+    text = f"{value + 0.0:.3g}"  # + 0.0 turns -0 into 0
     return f"{text} {unit}" if unit and not unit.startswith(("/", "%")) else text + unit
 
 
@@ -244,7 +246,11 @@ def write_evidence_page(path: Path) -> Path:
             continue
         tiers = [("embedded", found)] + ([("standard", found["standard"])] if "standard" in found else [])
         entries.append(
-            {"method": method, "works": catalog.works(method), "tiers": [_tier(name, data) for name, data in tiers]}
+            {
+                "method": method,
+                "works": catalog.works(method),
+                "tiers": [_tier(n, d, _asked(method.name, n)) for n, d in tiers],
+            }
         )
     counts = {v: sum(c["verdict"] == v for e in entries for t in e["tiers"] for c in t["claims"]) for v in ("holds", "inconclusive", "contradicted")}  # fmt: skip
     return _render(
@@ -252,7 +258,16 @@ def write_evidence_page(path: Path) -> Path:
     )
 
 
-def _tier(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(method: str, tier: str) -> dict[str, float]:
+    """What each claim of a protocol asks of its effect; nothing where the protocol cannot be loaded here."""
+    try:
+        setup = load_trial(method).tiers[tier]  # type: ignore[index]
+    except (SurefootError, ImportError, KeyError):
+        return {}
+    return {claim.sentence: claim.at_least for claim in setup.claims if claim.within is None}
+
+
+def _tier(name: str, data: Mapping[str, Any], asked: Mapping[str, float]) -> dict[str, Any]:
     metrics = [
         m for m in dict.fromkeys(m for values in data["arms"].values() for m in values) if not catalog.is_curve_point(m)
     ]
@@ -262,5 +277,5 @@ def _tier(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
         return sum(known) / len(known) if known else None
 
     arms = [{"name": a, "means": [mean(v.get(m, [])) for m in metrics]} for a, v in data["arms"].items()]
-    claims = [{**c, "forest": _forest(c)} for c in data["claims"]]
-    return {"name": name, "seeds": len(data["seeds"]), "metrics": metrics, "arms": arms, "claims": claims, "environment": data.get("environment", {}), "notes": data.get("notes", "")}  # fmt: skip
+    claims = [{**c, "forest": _forest({"at_least": asked.get(c["claim"]), **c})} for c in data["claims"]]
+    return {"name": name, "seeds": len(data["seeds"]), "metrics": metrics, "arms": arms, "claims": claims, "environment": data.get("environment", {}), "notes": data.get("notes", [])}  # fmt: skip
