@@ -416,7 +416,8 @@ class DualSmoothing(Treatment):
 
     slug: ClassVar[str] = "dual_smoothing"
     excludes: ClassVar[Mapping[str, str]] = {
-        "random_pruning": "fine-tuning the two halves after training would fill the pruned weights again."
+        "random_pruning": "fine-tuning the two halves after training would fill the pruned weights again.",
+        "crop_selection": "the halves are cut from whole images, and crop selection hands on crops of another size.",
     }
     finish_order: ClassVar[int] = 5  # after merging, before quantization: the copies still have to be trained
 

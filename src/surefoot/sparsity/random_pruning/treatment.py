@@ -25,7 +25,10 @@ class RandomPruning(Treatment):
     """
 
     slug: ClassVar[str] = "random_pruning"
-    excludes: ClassVar[Mapping[str, str]] = {"dynamic_sparse": "both own the mask of the weights."}
+    excludes: ClassVar[Mapping[str, str]] = {
+        "dynamic_sparse": "both own the mask of the weights.",
+        "pissa": "merging its dense adapters would fill the pruned weights again.",
+    }
 
     density: float = 0.2
     rule: Rule = "erk"
