@@ -38,7 +38,7 @@ LAYOUT = {
 
 
 def is_share(unit: str) -> bool:
-    return unit in ("share", "accuracy", "fraction", "rate", "probability")
+    return unit in ("share", "accuracy", "fraction", "rate", "probability", "calibration error")
 
 
 def show(value: float | None, unit: str = "") -> str:
