@@ -76,7 +76,11 @@ class Accuracy(Instrument):
         part = table[shown][:, shown]
         rows = (part / table[shown].sum(1, keepdim=True).clamp_min(1)).tolist()
         heat = {"type": "heatmap", "z": rows, "x": names, "y": names, "text": part.tolist(), "zmin": 0, "zmax": 1}
-        heat |= {"texttemplate": "%{text}" if len(names) <= 12 else "", "colorscale": "Blues", "showscale": False}
+        heat |= {
+            "texttemplate": "%{text}" if len(names) <= 12 else "",
+            "colorscale": [[0.0, "#f5f7f9"], [1.0, "#2563a6"]],
+            "showscale": False,
+        }
         layout = {
             "xaxis": {"title": {"text": "predicted"}, "type": "category"},
             "yaxis": {"title": {"text": "true"}, "type": "category", "autorange": "reversed"},

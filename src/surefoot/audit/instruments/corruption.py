@@ -27,6 +27,8 @@ from surefoot.nn.corruptions import SEVERITIES, corrupt, kinds
 
 BATCH = 128
 
+BAD_TO_GOOD = [[0.0, "#b4434f"], [0.5, "#f0d78c"], [1.0, "#2e8b57"]]  # plotly.js knows few scales by name
+
 
 @dataclass(frozen=True)
 class CorruptionRobustness(Instrument):
@@ -128,7 +130,7 @@ def _heat(names: tuple[str, ...], severities: Sequence[int], table: Tensor) -> C
     rows = [names[k].replace("_", " ") for k in order]
     cells = table[order]
     heat = {"type": "heatmap", "z": cells.tolist(), "x": [str(s) for s in severities], "y": rows, "zmin": 0, "zmax": 1}
-    heat |= {"text": (100 * cells).round().int().tolist(), "texttemplate": "%{text}", "colorscale": "RdYlGn"}
+    heat |= {"text": (100 * cells).round().int().tolist(), "texttemplate": "%{text}", "colorscale": BAD_TO_GOOD}
     layout = {
         "xaxis": {"title": {"text": "severity"}, "type": "category"},
         "yaxis": {"type": "category", "automargin": True},
