@@ -44,7 +44,7 @@ def _pair(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> tup
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _row(what: str, ours: float, peer: str, theirs: float | None, quality: str, ours_mb: float, peer_mb: float | None) -> Row:  # fmt: skip
+def _row(what: str, ours: float, peer: str, theirs: float | None, quality: str, ours_mb: float | None, peer_mb: float | None) -> Row:  # fmt: skip
     ratio = None if theirs is None else ours / theirs
     return {"what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": ratio, "quality": quality, "ours_mb": ours_mb, "peer_mb": peer_mb}  # fmt: skip
 
@@ -118,14 +118,14 @@ def detection() -> Row:
     try:
         from cleanlab.rank import get_label_quality_scores
     except ImportError:
-        row = _row(what, ours, "cleanlab", None, f"AUROC {auroc:.3f}", 0.0, None)
+        row = _row(what, ours, "cleanlab", None, f"AUROC {auroc:.3f}", None, None)
         return {**row, "note": "cleanlab is not installed; pip install 'surefoot[peers]'."}
     start = time.perf_counter()
     logits = cross_fitted_logits(task, folds=5, repeats=1, training=training)[0]
     quality = get_label_quality_scores(y.numpy(), logits.double().softmax(1).numpy(), method="self_confidence")
     theirs = time.perf_counter() - start
     peer = roc_auc_score(wrong.numpy(), -quality)
-    return _row(what, ours, "cleanlab self-confidence, 5 folds", theirs, f"AUROC {auroc:.3f} against {peer:.3f}", 0.0, None)  # fmt: skip
+    return _row(what, ours, "cleanlab self-confidence, 5 folds", theirs, f"AUROC {auroc:.3f} against {peer:.3f}", None, None)  # fmt: skip
 
 
 def rows() -> list[Row]:
