@@ -22,7 +22,7 @@ from surefoot.datasets import load
 from surefoot.datasets.noise import with_label_noise
 from surefoot.errors import InvalidInput, check
 from surefoot.harden import Hardened, harden
-from surefoot.models.loading import EFFICIENTNET, EMBEDDED, as_subject, load_model, load_saved, read_facts
+from surefoot.models.loading import EFFICIENTNET, as_subject, load_exported, load_model, load_saved, read_facts
 from surefoot.report import write_audit_report, write_evidence_page, write_harden_report
 from surefoot.training.loop import fit
 
@@ -79,9 +79,7 @@ def load_source(source: Source) -> Loaded:
     elif source.model == EFFICIENTNET:
         shape = (3, 224, 224)
     elif path.suffix == ".pt2" and path.is_file():
-        from surefoot.models.loading import _load_exported
-
-        shape = _load_exported(path)[1]
+        shape = load_exported(path)[1]
     task = load(
         source.data,
         seed=source.seed,
@@ -335,6 +333,3 @@ def _metrics(arms: Any) -> Sequence[str]:
 def write_evidence(out: Path) -> None:
     page = write_evidence_page(out)
     _err().print(f"Evidence: {page}")
-
-
-__all__ = ["EMBEDDED", "Source", "run_audit", "run_harden", "run_trial_job", "write_evidence"]

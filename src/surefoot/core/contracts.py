@@ -262,7 +262,7 @@ class _Nan(nn.Module):
 def nan_model_is_refused(instrument: Instrument, subject: Subject, task: Task) -> None:
     """A model that answers NaN is refused with one sentence, by `unfit` or by `measure`; or the model is not looked at."""
     broken = subject.with_model(_Nan(copy.deepcopy(subject.model)))
-    if instrument.unfit(broken, task) is not None or instrument.slug == "label_errors":
+    if instrument.unfit(broken, task) is not None or not instrument.reads_model:
         return
     one_sentence(lambda: instrument.measure(broken, task), f"{instrument.slug}: a model that answers NaN")
 

@@ -20,6 +20,7 @@ class Instrument:
     slug: ClassVar[str]
     title: ClassVar[str]
     needs_labels: ClassVar[bool] = True
+    reads_model: ClassVar[bool] = True  # False where only the data are examined
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "vector", "signal")
     fix: ClassVar[tuple[str, ...]] = ()  # treatments known to move the number
 

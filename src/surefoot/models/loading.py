@@ -183,7 +183,8 @@ class Frozen(nn.Module):
         return torch.cat(parts)
 
 
-def _load_exported(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
+def load_exported(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
+    """A `torch.export` program and the shape of one input."""
     try:
         program = torch.export.load(path)
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -345,7 +346,7 @@ def load_model(
         return network, {"kind": "factory", "reference": reference} | known, True
     check(path.is_file(), f"MODEL {model!r} is neither an embedded name ({', '.join(EMBEDDED)}, {EFFICIENTNET}), a saved folder, file.py:factory, nor an existing file.")  # fmt: skip
     if path.suffix == ".pt2":
-        network, _ = _load_exported(path)
+        network, _ = load_exported(path)
         return network, {"kind": "export", "path": str(path)}, True
     if path.suffix == ".safetensors":
         raise InvalidInput(

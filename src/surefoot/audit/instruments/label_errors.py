@@ -133,6 +133,7 @@ class LabelErrors(Instrument):
     listed: int = 100
 
     slug: ClassVar[str] = "label_errors"
+    reads_model: ClassVar[bool] = False
     title: ClassVar[str] = "Label errors"
     fix: ClassVar[tuple[str, ...]] = ("elr", "ldr", "data_diet")
 
