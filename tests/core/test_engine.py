@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from surefoot.core import engine
-from surefoot.core import plan as plan_module
+from surefoot.core import fingerprint as fingerprint_module
 from surefoot.core.engine import run_trial
-from surefoot.core.plan import code_fingerprint, combinations, load_trial
+from surefoot.core.fingerprint import code_fingerprint
+from surefoot.core.plan import combinations, load_trial
 from surefoot.core.store import Store
 from surefoot.core.task import Split, Task
 from surefoot.core.trial import Arm, Claim
@@ -289,15 +290,15 @@ def test_other_code_asks_for_new_cells(path, log, monkeypatch):
 
 def test_fingerprint(tmp_path, monkeypatch):
     package = tmp_path / "surefoot"
-    shutil.copytree(plan_module.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(plan_module, "PACKAGE", package)
+    shutil.copytree(fingerprint_module.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(fingerprint_module, "PACKAGE", package)
     shutil.copy(TOY.removesuffix(":TRIAL"), tmp_path / "mine.py")
     trial = replace(load_trial(f"{tmp_path / 'mine.py'}:TRIAL"), method="noisy_labels/elr")
     first = code_fingerprint(trial)
 
-    def touch(file):
+    def touch(file, text="\nTOUCHED = 1\n"):
         before = file.read_text()
-        file.write_text(before + "\n# touched\n")
+        file.write_text(before + text)
         changed = code_fingerprint(trial) != first
         file.write_text(before)
         return changed
@@ -307,13 +308,37 @@ def test_fingerprint(tmp_path, monkeypatch):
     for name in (
         "core/task.py",
         "training/loop.py",
+        "noisy_labels/elr.py",
         "noisy_labels/__init__.py",
-        "nn/__init__.py",
-        "models/__init__.py",
+        "models/networks.py",
     ):
         assert touch(package / name), name
-    for name in ("core/statistics.py", "core/store.py", "init/__init__.py", "cli/__init__.py"):
+        assert not touch(package / name, "\n# a comment\n"), name
+    for name in (
+        "core/statistics.py",
+        "core/store.py",
+        "core/contracts.py",
+        "init/tract.py",
+        "nn/smoothing.py",
+        "cli/__init__.py",
+    ):
         assert not touch(package / name), name
+
+
+def test_fingerprint_ignores_docstrings_and_layout(tmp_path):
+    def code(text):
+        (tmp_path / "trial.py").write_text(text)
+        return fingerprint_module._closure({tmp_path / "trial.py"})
+
+    plain = code("from surefoot.core.task import Task\n\ndef f(x):\n    return x + 1\n")
+    assert (
+        code(
+            '"""About."""\nfrom surefoot.core.task import Task\ndef f(x):\n    """More."""\n    return (x\n            + 1)\n'
+        )
+        == plain
+    )
+    assert code("from surefoot.core.task import Task\n\ndef f(x):\n    return x + 2\n") != plain
+    assert {"core/task.py", "core/subject.py", "core/__init__.py", "errors.py"} < set(plain)
 
 
 # ---------------------------------------------------------------- verdicts

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from surefoot.core.environment import environment
-from surefoot.core.plan import Cells, Failure, Plan, TaskFactory, code_fingerprint, load_trial
+from surefoot.core.fingerprint import code_fingerprint
+from surefoot.core.plan import Cells, Failure, Plan, TaskFactory, load_trial
 from surefoot.core.pool import check_picklable, run_ray, run_workers, unfinished, work
 from surefoot.core.store import Outcome, Store
 from surefoot.core.task import Task

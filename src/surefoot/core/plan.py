@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from surefoot.errors import InvalidInput, check
 
 TaskFactory = Callable[[int, Path | None], Task]
 Cells = Mapping[Cell, dict[str, Any]]  # each cell with its settings, in the order in which to compute them
-PACKAGE = Path(__file__).resolve().parents[1]
-OUTSIDE_A_CELL = ("engine", "environment", "evidence", "pool", "statistics", "store", "verdicts")
 
 
 @dataclass(frozen=True)
@@ -74,34 +70,6 @@ def _trial_in(module: Any, attribute: str, source: str) -> Trial:
     if not isinstance(trial, Trial):
         raise InvalidInput(f"{source!r} does not lead to a Trial: its module has no Trial named {attribute}.")
     return trial
-
-
-def code_fingerprint(trial: Trial) -> str:
-    """sha256 over the sources that a cell's numbers depend on; a change in any of them asks for new cells.
-
-    Core (but not what acts outside of a cell: store, statistics, verdicts, ...), nn, training, models, datasets, the method's
-    family, helper modules of the trials (`_*.py`), and every file that holds a function of this trial.
-    """
-    family, _, slug = trial.method.replace("-", "_").partition("/")
-    outside = {PACKAGE / "core" / f"{name}.py" for name in OUTSIDE_A_CELL}
-    sources = {PACKAGE / "errors.py", PACKAGE / "trials" / family / f"{slug}.py", *_files_of(trial)}
-    for folder in ("core", "nn", "training", "models", "datasets", family):
-        sources.update(path for path in (PACKAGE / folder).rglob("*.py") if path not in outside)
-    sources.update(path for path in (PACKAGE / "trials").rglob("_*.py"))
-    digest = hashlib.sha256()
-    named = {(str(p.relative_to(PACKAGE)) if p.is_relative_to(PACKAGE) else p.name): p for p in sources if p.is_file()}
-    for name, path in sorted(named.items()):
-        digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def _files_of(trial: Trial) -> Iterator[Path]:
-    for setup in trial.tiers.values():
-        pieces = [setup.task, setup.model, setup.measure, setup.on_epoch, *(arm.run for arm in setup.arms.values())]
-        for piece in (*pieces, *(claim.effect for claim in setup.claims)):
-            with suppress(TypeError):  # not a function
-                if piece is not None and (file := inspect.getsourcefile(inspect.unwrap(piece))):
-                    yield Path(file).resolve()
 
 
 def combinations(arm: Arm) -> list[dict[str, Any]]:
