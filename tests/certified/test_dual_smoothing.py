@@ -1,4 +1,4 @@
-"""Dual smoothing: the radius's exact numbers, tightness and soundness on half spaces, masks, fills, the treatment."""
+"""Dual smoothing: the radius's exact numbers, tightness and soundness on half spaces, the halves, the treatment."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ from surefoot.core.contracts import check_treatment
 from surefoot.core.task import Split, Task, Training
 from surefoot.errors import InvalidInput, Refused
 from surefoot.models.networks import small_cnn
-from surefoot.nn.smoothing import ABSTAIN, lower_confidence_bound, noisy_batches
+from surefoot.nn.masks import checkerboard_split, index_split
+from surefoot.nn.smoothing import ABSTAIN, consistency_loss, lower_confidence_bound, noisy_batches
 from surefoot.training.loop import fit
 
 normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
@@ -116,7 +117,7 @@ class HalfSpace(nn.Module):
 
 def known_dual(p_left, p_right, sigma=1.0, size=4):
     """A dual classifier whose halves say class 1 with the given probabilities at x = 0."""
-    masks = ds.checkerboard_split((1, size, size))
+    masks = checkerboard_split((1, size, size))
     models = []
     for p, mask in zip((p_left, p_right), masks):
         w = mask.double() / mask.double().norm()
@@ -202,68 +203,12 @@ def test_predict_keeps_its_error_and_decides_clear_votes():
     assert (tie != ABSTAIN).double().mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
 
 
-# --- masks and fills ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 9), (4, 5), (1, 2, 3), (1, 16, 1)])
-def test_checkerboard_is_a_partition_with_two_pixels_a_block(shape):
-    left, right = ds.checkerboard_split(shape)
-    assert left.shape == right.shape == (1, *shape[-2:])
-    assert not (left & right).any()
-    assert (left | right).all()
-    h, w = shape[-2] // 2 * 2, shape[-1] // 2 * 2
-    blocks = F.avg_pool2d(left[:, :h, :w].float(), 2) if h and w else torch.full((1,), 0.5)
-    assert (blocks == 0.5).all()
-    # no two neighbours in one half: an index pattern off by one in a row's first column fails here
-    assert (left[0, :, 1:] != left[0, :, :-1]).all()
-    assert (left[0, 1:] != left[0, :-1]).all()
-
-
-def test_other_partitions_and_index_sets():
-    for left, right in (
-        ds.left_right_split((1, 5, 7)),
-        ds.random_split((3, 5, 7), rng()),
-        ds.index_split(6, [0, 2, 5]),
-    ):
-        ds.check_masks(left, right)
-    assert ds.left_right_split((1, 2, 4))[0].int().tolist() == [[[1, 1, 0, 0], [1, 1, 0, 0]]]
-    assert int(ds.random_split((1, 6, 6), rng())[0].sum()) == 18
-
-
-@pytest.mark.parametrize("fill", ["neighbor", "max_pool", "zero"])
-@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
-def test_fill_never_looks_at_the_other_half(fill, size):
-    """Bit-identical whatever stands in the dropped pixels, NaN and infinity included."""
-    x = torch.rand(3, 2, *size, generator=rng())
-    for kept in (*ds.checkerboard_split(size), *ds.random_split(size, rng(1)), *ds.left_right_split(size)):
-        base = ds.fill_half(x, kept, fill=fill)
-        assert torch.equal(base[:, :, kept[0]], x[:, :, kept[0]])
-        for other in (
-            torch.randn(x.shape, generator=rng(2)),
-            torch.full_like(x, math.nan),
-            torch.full_like(x, math.inf),
-        ):
-            changed = ds.fill_half(torch.where(kept, x, other), kept, fill=fill)
-            assert torch.equal(base, changed)
-            assert not torch.isnan(changed).any()
-
-
-def test_neighbour_fill_is_the_mean_of_the_kept_neighbours():
-    x = torch.arange(12.0, dtype=torch.float64).view(1, 1, 3, 4)
-    left, _ = ds.checkerboard_split((3, 4))
-    filled = ds.fill_half(x, left)[0, 0]
-    assert filled[0, 0] == 0.0
-    assert filled[0, 1].item() == pytest.approx((0 + 2 + 5) / 3)
-    assert filled[1, 2].item() == pytest.approx((2 + 5 + 7 + 10) / 4)
-    assert filled[2, 3].item() == pytest.approx((7 + 10) / 2)
-    lonely = torch.zeros(1, 3, 3, dtype=torch.bool)
-    lonely[0, 0, 0] = True
-    assert ds.fill_half(torch.ones(1, 1, 3, 3), lonely)[0, 0, 2, 2] == 0.0  # no kept neighbour: 0, not NaN
+# --- halves ---------------------------------------------------------------------------------------------------------
 
 
 def test_noise_on_dropped_pixels_does_not_reach_the_network():
     seen = []
-    model = ds.HalfClassifier(nn.Flatten(), ds.checkerboard_split((4, 4))[0])
+    model = ds.HalfClassifier(nn.Flatten(), checkerboard_split((4, 4))[0])
     for _, z in noisy_batches(torch.zeros(1, 1, 4, 4), 50, sigma=1.0, generator=rng()):
         other = torch.where(model.mask, z, torch.randn(z.shape, generator=rng(1)))
         seen.append(torch.equal(model(z), model(other)))
@@ -304,7 +249,7 @@ def test_certify_leaves_model_and_global_state_alone_and_repeats():
 
 
 def test_two_noise_levels_and_vectors():
-    masks = ds.index_split(6, [0, 1, 2])
+    masks = index_split(6, [0, 1, 2])
     net = nn.Linear(6, 2).double()
     model = ds.DualSmoothedClassifier(net, net, sigma=0.1, sigma_right=2.0, num_classes=2, masks=masks, fill="zero")
     seen = []
@@ -331,23 +276,18 @@ def test_losses():
     logits = torch.randn(2, 6, 4, generator=rng(), dtype=torch.float64)
     y = torch.tensor([0, 1, 2, 3, 0, 1])
     ce = sum(F.cross_entropy(part, y) for part in logits) / 2
-    torch.testing.assert_close(ds.consistency_loss(logits, y, 0.0), ce)
+    torch.testing.assert_close(consistency_loss(logits, y, 0.0), ce)
     mean = logits.softmax(-1).mean(0)
     kl = sum(F.kl_div(part.log_softmax(-1), mean, reduction="batchmean") for part in logits) / 2
     entropy = -(mean * mean.log()).sum(-1).mean()
-    torch.testing.assert_close(ds.consistency_loss(logits, y, 10.0), ce + 10 * kl + 0.5 * entropy)
+    torch.testing.assert_close(consistency_loss(logits, y, 10.0), ce + 10 * kl + 0.5 * entropy)
     equal = logits[:1].expand(2, -1, -1)
-    torch.testing.assert_close(ds.consistency_loss(equal, y, 10.0, 0.0), F.cross_entropy(equal[0], y))
+    torch.testing.assert_close(consistency_loss(equal, y, 10.0, 0.0), F.cross_entropy(equal[0], y))
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ds.check_masks(*(torch.ones(1, 2, 2, dtype=torch.bool),) * 2), "overlap"),
-        (lambda: ds.check_masks(*(torch.tensor([True, False]), torch.tensor([False, False]))), "leave pixels out"),
-        (lambda: ds.check_masks(torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)), "empty"),
-        (lambda: ds.checkerboard_split((7,)), "index_split"),
-        (lambda: ds.index_split(3, [3]), "positions"),
         (lambda: known_dual(0.9, 0.9, sigma=0.0), "sigma"),
         (lambda: known_dual(0.9, 0.9).certify(torch.zeros(1, 1, 4, 4), generator=rng(), n0=0), "n0"),
         (lambda: known_dual(0.9, 0.9).certify(torch.zeros(1, 1, 4, 4), generator=rng(), n=0), "n must"),

@@ -158,6 +158,45 @@ def test_shared_noise_keeps_the_level_of_each_certificate():
     assert (broken <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / repeats)).all()
 
 
+class Viewed(nn.Module):
+    """A convolution followed by a `view`, which refuses memory laid out channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x):
+        z = self.conv(x)
+        return z.view(len(z), -1)[:, :3]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_large_images_go_channels_last_with_the_same_votes(shared, channels):
+    torch.manual_seed(0)
+    seen = []
+    net = nn.Sequential(
+        nn.Conv2d(channels, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(100, 5)
+    )
+    net[0].register_forward_pre_hook(lambda _, z: seen.append(z[0].stride(1)))
+    net = net.double()
+    x = torch.rand(3, channels, 22, 22, dtype=torch.float64, generator=rng())
+    options = {"sigma": 0.5, "num_classes": 5, "batch_size": 16, "shared": shared}
+    got = sm.vote_counts(net, x, 40, generator=rng(1), **options)
+    assert seen[-1] == 1
+    layout = {"sigma": 0.5, "batch_size": 16, "shared": shared}
+    plain = torch.zeros(3, 5, dtype=torch.int64)
+    with torch.no_grad():
+        for rows, noisy in sm.noisy_batches(x, 40, generator=rng(1), **layout):
+            plain.index_put_((rows, net(noisy).argmax(1)), torch.ones(len(rows), dtype=torch.int64), accumulate=True)
+    assert torch.equal(got, plain)
+
+
+def test_a_model_that_refuses_channels_last_gets_plain_images():
+    counts = sm.vote_counts(Viewed(), torch.rand(2, 1, 24, 24), 10, sigma=0.5, num_classes=3, generator=rng())
+    assert (counts.sum(1) == 10).all()
+
+
 def test_sigma_may_differ_by_pixel():
     sigma = torch.tensor([0.1, 2.0])
     drawn = torch.cat([z.clone() for _, z in sm.noisy_batches(torch.zeros(1, 2), 4000, sigma=sigma, generator=rng())])
@@ -311,6 +350,38 @@ def test_looks_stop_early_and_a_hopeless_input_costs_little():
                       **{**options, "num_classes": 10})  # fmt: skip
     assert lost.draws.tolist() == [210]
     assert lost.prediction.tolist() == [sm.ABSTAIN]
+
+
+def test_a_geometric_plan_is_declared_before_any_draw_and_keeps_alpha():
+    looks = sm.Looks.geometric(10_000, target=0.5)
+    assert looks.at == (100, 400, 1600, 6400, 10_000)
+    assert sum(looks.spend) == pytest.approx(1.0)
+    assert looks.spend[-1] == 0.5
+    assert sm.Looks.geometric(80) == sm.Looks((80,), (1.0,))
+    p, alpha, trials = 0.75, 0.1, 4000
+    model, x = biased_coin(p)
+    target = float(stats.norm.ppf(p)) + 1e-9  # whoever stops early has broken the bound
+    plan = sm.Looks.geometric(400, target=target, first=25, factor=2)
+    options = {"sigma": 1.0, "num_classes": 2, "n0": 30, "alpha": alpha}
+    found = sm.certify(model, x.expand(trials, -1).contiguous(), generator=rng(3), looks=plan, **options)
+    broken = ((found.p_lower > p) & (found.prediction == 1)).double().mean().item()
+    assert 0.005 < broken <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
+
+
+def test_a_plan_decides_at_its_target_as_the_fixed_procedure_does_with_fewer_draws():
+    """Certified at the target radius or not: the same answers where the truth is clear, for a tenth of the draws."""
+    w = torch.ones(4, dtype=torch.float64) / 2
+    model = HalfSpace(w, 0.0)
+    x = -torch.linspace(0.0, 4.0, 41, dtype=torch.float64)[:, None] * w
+    options = {"sigma": 1.0, "num_classes": 2}
+    fixed = sm.certify(model, x, generator=rng(1), n=10_000, **options)
+    early = sm.certify(model, x, generator=rng(2), looks=sm.Looks.geometric(10_000, target=1.0), **options)
+    distance = torch.linspace(0.0, 4.0, 41, dtype=torch.float64)
+    clear = (distance - 1.0).abs() > 0.15
+    assert torch.equal((fixed.radius >= 1.0)[clear], (early.radius >= 1.0)[clear])
+    assert (early.radius <= distance).all()
+    assert early.draws.sum() < 0.4 * fixed.draws.sum()
+    assert (early.draws[distance > 2] <= 500).all()
 
 
 def test_one_look_is_the_published_procedure():

@@ -25,11 +25,10 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from surefoot.core.task import Task, Training
 from surefoot.core.treatment import Batch, Treatment
@@ -40,8 +39,18 @@ from surefoot.errors import (
     check_at_least,
     check_choice,
     check_non_negative,
-    check_open_unit,
     check_positive,
+)
+from surefoot.nn.masks import (
+    Fill,
+    Masks,
+    Partition,
+    check_masks,
+    checkerboard_split,
+    fill_half,
+    kept_neighbours,
+    left_right_split,
+    random_split,
 )
 from surefoot.nn.smoothing import (
     ABSTAIN,
@@ -49,14 +58,12 @@ from surefoot.nn.smoothing import (
     average_certified_radius,
     certified_accuracy,
     check_deterministic,
+    check_request,
     joint_vote_counts,
     lower_confidence_bound,
+    noisy_loss,
     upper_confidence_bound,
 )
-
-Masks = tuple[Tensor, Tensor]
-Fill = Literal["neighbor", "max_pool", "zero"]
-Partition = Literal["checkerboard", "left_right", "random"]
 
 
 @dataclass(frozen=True)
@@ -80,90 +87,7 @@ class SmoothingReport:
     certified_accuracy: tuple[float, ...]  # share with the right class and radius >= r
 
 
-# --- splitting an image ---------------------------------------------------------------------------------------------
-
-
-def checkerboard_split(shape: Sequence[int]) -> Masks:
-    """Masks bool `[1, H, W]` that split every 2x2 block on its diagonal: left where row + column is even."""
-    if len(shape) < 2:
-        raise InvalidInput(f"A checkerboard needs an image [..., H, W], got shape {tuple(shape)}; use index_split for vectors.")  # fmt: skip
-    rows, columns = torch.arange(shape[-2])[:, None], torch.arange(shape[-1])[None, :]
-    left = ((rows + columns) % 2 == 0)[None]
-    return left, ~left
-
-
-def left_right_split(shape: Sequence[int]) -> Masks:
-    """The left and the right part of the image: sound, but neither half shows the whole."""
-    check(len(shape) >= 2, f"A left-right split needs an image [..., H, W], got shape {tuple(shape)}.")
-    left = (torch.arange(shape[-1]) < (shape[-1] + 1) // 2).expand(1, shape[-2], shape[-1]).clone()
-    return left, ~left
-
-
-def random_split(shape: Sequence[int], generator: torch.Generator) -> Masks:
-    """A random half of the pixels (the same in all channels) and the rest."""
-    check(len(shape) >= 2, f"A random pixel split needs an image [..., H, W], got shape {tuple(shape)}.")
-    pixels = shape[-2] * shape[-1]
-    left = torch.zeros(pixels, dtype=torch.bool)
-    left[torch.randperm(pixels, generator=generator)[: (pixels + 1) // 2]] = True
-    left = left.view(1, shape[-2], shape[-1])
-    return left, ~left
-
-
-def index_split(length: int, left: Sequence[int]) -> Masks:
-    """Masks bool `[length]` for vectors: the listed entries and the rest (use them with fill="zero")."""
-    mask = torch.zeros(length, dtype=torch.bool)
-    check(all(0 <= i < length for i in left), f"left must hold positions in [0, {length}).")
-    mask[torch.as_tensor(list(left), dtype=torch.int64)] = True
-    check_masks(mask, ~mask)
-    return mask, ~mask
-
-
-def check_masks(left: Tensor, right: Tensor) -> None:
-    """Raise unless the masks are a partition: disjoint, complete, neither empty."""
-    check(left.dtype == right.dtype == torch.bool and left.shape == right.shape, "masks must be two bool tensors of one shape.")  # fmt: skip
-    check(not bool((left & right).any()), "The masks overlap; each pixel belongs to exactly one half.")
-    check(bool((left | right).all()), "The masks leave pixels out; each pixel belongs to exactly one half.")
-    check(bool(left.any()) and bool(right.any()), "One mask is empty; each half needs at least one pixel.")
-
-
-def kept_neighbours(mask: Tensor) -> Tensor:  # float [..., H, W]
-    """1 / (number of kept 4-neighbours) at dropped pixels, 0 at kept pixels and at those without a kept neighbour."""
-    count = _cross_sum(mask.to(torch.get_default_dtype()))
-    return torch.where(mask | (count == 0), 0.0, 1.0 / count.clamp(min=1.0))
-
-
-def fill_half(
-    x: Tensor,  # float [B, ...]
-    mask: Tensor,  # bool, True where kept
-    weight: Tensor | None = None,  # kept_neighbours(mask), for "neighbor"
-    fill: Fill = "neighbor",
-) -> Tensor:  # float [B, ...]
-    """The full-size image made from the kept pixels alone: it is bit-identical whatever stands in the dropped ones.
-
-    Dropped pixels get the mean of their kept 4-neighbours, or the maximum of the kept pixels of their 2x2 block (0 counts
-    as kept, as published), or 0.
-    """
-    kept = torch.where(mask, x, 0.0)  # not x * mask: a NaN in a dropped pixel must not leak
-    if fill == "zero":
-        return kept
-    if fill == "neighbor":
-        weight = kept_neighbours(mask).to(x) if weight is None else weight.to(x.dtype)
-        return torch.addcmul(kept, _cross_sum(kept), weight)
-    pooled = F.max_pool2d(kept, 2, ceil_mode=True).repeat_interleave(2, -2).repeat_interleave(2, -1)
-    return torch.where(mask, x, pooled[..., : x.shape[-2], : x.shape[-1]])
-
-
-def _cross_sum(x: Tensor) -> Tensor:
-    """Sum of the four neighbours, zero outside the image."""
-    out = torch.zeros_like(x)
-    out[..., 1:, :] += x[..., :-1, :]
-    out[..., :-1, :] += x[..., 1:, :]
-    out[..., :, 1:] += x[..., :, :-1]
-    out[..., :, :-1] += x[..., :, 1:]
-    return out
-
-
-# --- certificate and losses -----------------------------------------------------------------------------------------
+# --- certificate ----------------------------------------------------------------------------------------------------
 
 
 def dual_radius(
@@ -184,44 +108,6 @@ def dual_radius(
         check(bool(((p >= 0) & (p <= 1)).all()), "Probabilities must lie in [0, 1].")
     reach = torch.special.ndtri(a) + torch.special.ndtri(b)  # NaN for (0, 1): nothing is known, abstain
     return torch.where(reach > 0, reach / math.hypot(1.0 / sigma_left, 1.0 / sigma_right), 0.0)
-
-
-def consistency_loss(
-    logits: Tensor,  # float [M, B, K], M noisy copies of each input
-    y: Tensor,  # int64 [B]
-    weight: float,
-    entropy_weight: float = 0.05,
-) -> Tensor:  # scalar
-    """CE averaged over the copies + weight (mean_m KL(p_mean || p_m) + entropy_weight H(p_mean)), p = softmax.
-
-    Source: Jeong, Shin 2020, arXiv 2006.04062. weight 0 is Gaussian training with M draws.
-    """
-    check(logits.dim() == 3, f"logits must be [M, B, K], got shape {tuple(logits.shape)}.")
-    log_p = logits.log_softmax(-1)
-    loss = F.nll_loss(log_p.flatten(0, 1), y.repeat(len(logits)))
-    if weight == 0:
-        return loss
-    log_mean = log_p.logsumexp(0) - math.log(len(logits))
-    mean = log_mean.exp()
-    divergence = (mean * (log_mean - log_p)).sum(-1).mean()
-    entropy = -(mean * log_mean).sum(-1).mean()
-    return loss + weight * (divergence + entropy_weight * entropy)
-
-
-def noisy_loss(
-    model: nn.Module,
-    x: Tensor,  # float [B, ...]
-    y: Tensor,  # int64 [B]
-    *,
-    sigma: float,
-    generator: torch.Generator,
-    consistency: float = 0.0,
-) -> Tensor:  # scalar
-    """Training under Gaussian noise: one draw and cross-entropy, or two draws and `consistency_loss`."""
-    copies = 2 if consistency else 1
-    noise = torch.randn((copies, *x.shape), dtype=x.dtype, device=generator.device, generator=generator)
-    noisy = (x + sigma * noise.to(x.device)).flatten(0, 1)
-    return consistency_loss(model(noisy).unflatten(0, (copies, len(x))), y, consistency)
 
 
 # --- the classifier -------------------------------------------------------------------------------------------------
@@ -341,11 +227,7 @@ class DualSmoothedClassifier(nn.Module):
     def _two_stages(
         self, x: Tensor, generator: torch.Generator, n0: int, n: int, alpha: float, batch_size: int | None
     ) -> tuple[Tensor, Tensor]:  # int64 [B], int64 [2, B, K]
-        check_at_least("n0", n0, 1)
-        check_at_least("n", n, 1)
-        check_open_unit("alpha", alpha)
-        check(len(x) > 0, "x is empty; give at least one input.")
-        check(bool(torch.isfinite(x).all()), "x holds NaN or infinite values; clean the data first.")
+        check_request(x, n0, n, alpha)
         check_deterministic(self, x)
         options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
         return self.vote_counts(x, n0, **options).sum(0).argmax(1), self.vote_counts(x, n, **options)
@@ -470,9 +352,7 @@ class DualSmoothing(Treatment):
         return dual
 
     def _fine_tune(self, half: nn.Module, task: Task, purpose: str, epochs: int, weight: float) -> nn.Module:
-        from surefoot.training.loop import (
-            fit,
-        )  # the loop knows treatments; a method file must not need it to be imported
+        from surefoot.training.loop import fit  # the loop knows treatments; importing a method must not need it
 
         if epochs == 0:
             return half
