@@ -29,7 +29,12 @@ def splats_of(n, seed=0, degree=1, dtype=F64, opacity=(0.05, 0.95), scale=(0.03,
 
 def camera_of(width=24, height=20, dtype=F64, distance=2.6):
     centre = torch.tensor([0.3, -distance, 0.5], dtype=dtype)
-    return Camera(intrinsics(focal_of(60, width), width, height, dtype), look_at(centre, torch.zeros(3, dtype=dtype)), width, height)
+    return Camera(
+        intrinsics(focal_of(60, width), width, height, dtype),
+        look_at(centre, torch.zeros(3, dtype=dtype)),
+        width,
+        height,
+    )
 
 
 def test_one_splat_by_hand():
@@ -44,7 +49,9 @@ def test_one_splat_by_hand():
     camera = Camera(intrinsics(100.0, 64, 64, F64), torch.eye(4, dtype=F64), 64, 64)
     flat = project_splats(splats, camera)
     assert flat.means2d[0].tolist() == [44.5, 25.75]
-    torch.testing.assert_close(flat.conic[0], torch.tensor([0.1162741, 0.04776854, 0.06762716], dtype=F64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        flat.conic[0], torch.tensor([0.1162741, 0.04776854, 0.06762716], dtype=F64), atol=1e-7, rtol=0
+    )
     assert flat.radii[0] == 16
     covariance = torch.linalg.inv(flat.conic[0, [0, 1, 1, 2]].reshape(2, 2)) - 0.3 * torch.eye(2, dtype=F64)
     torch.testing.assert_close(covariance, torch.tensor([[11.81640625, -8.55844129], [-8.55844129, 20.53222656]], dtype=F64), atol=1e-7, rtol=0)  # fmt: skip

@@ -88,7 +88,10 @@ def look_at(
     forward = torch.nn.functional.normalize(target - centre, dim=-1)
     right = torch.linalg.cross(forward, up)
     length = right.norm(dim=-1, keepdim=True)
-    check(bool((length > 1e-6).all()), "A camera looks along its up direction, so its roll is undefined; give another `up`.")
+    check(
+        bool((length > 1e-6).all()),
+        "A camera looks along its up direction, so its roll is undefined; give another `up`.",
+    )
     right = right / length
     down = torch.linalg.cross(forward, right)
     rotation = torch.stack([right, down, forward], -2)

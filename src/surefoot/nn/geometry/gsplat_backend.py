@@ -22,7 +22,10 @@ def rasterize(
     splats: Splats, camera: Camera, background: Tensor, degree: int, *, normals: bool, eps2d: float, near: float
 ) -> RenderOut:
     """gsplat's "classic" mode with accumulated depth; normals by a second pass. There is no median depth: it is the expected one."""
-    check(splats.means.is_cuda, "backend 'gsplat' needs tensors on a CUDA device; move the scene there or pass backend='torch'.")
+    check(
+        splats.means.is_cuda,
+        "backend 'gsplat' needs tensors on a CUDA device; move the scene there or pass backend='torch'.",
+    )
     try:
         from gsplat import rasterization  # type: ignore[import-not-found]
     except ImportError as error:

@@ -42,8 +42,7 @@ def sh_colours(
     """Colours seen along `directions`; the clamp at 0 stops the gradient there."""
     full = round(sh.shape[1] ** 0.5) - 1
     check((full + 1) ** 2 == sh.shape[1], f"sh must hold 1, 4, 9 or 16 coefficients a colour, got {sh.shape[1]}.")
-    degree = full if degree is None else min(degree, full)
-    basis = sh_basis(directions, degree)
+    basis = sh_basis(directions, full if degree is None else min(degree, full))
     return torch.einsum("nb,nbc->nc", basis, sh[:, : basis.shape[1]]).add(0.5).clamp_min(0.0)
 
 

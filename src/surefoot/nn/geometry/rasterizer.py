@@ -239,7 +239,9 @@ def composite(
     tiled, t_end, median = _Composite.apply(shape, channels, depth, lists, tile)  # type: ignore[misc]
 
     def picture(x: Tensor) -> Tensor:  # [tiles, tile^2, ...] -> [H, W, ...]
-        grid = x.unflatten(0, (-1, lists.columns)).unflatten(2, (tile, tile)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        grid = (
+            x.unflatten(0, (-1, lists.columns)).unflatten(2, (tile, tile)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        )
         return grid[:height, :width]
 
     return picture(tiled), picture(t_end), picture(median)
@@ -353,5 +355,7 @@ def depth_normals(
     full = torch.nn.functional.pad(normal, (0, 0, 1, 1, 1, 1))
     covered = alpha >= 0.5
     defined = torch.zeros_like(covered)
-    defined[1:-1, 1:-1] = covered[1:-1, 1:-1] & covered[1:-1, 2:] & covered[1:-1, :-2] & covered[2:, 1:-1] & covered[:-2, 1:-1]
+    defined[1:-1, 1:-1] = (
+        covered[1:-1, 1:-1] & covered[1:-1, 2:] & covered[1:-1, :-2] & covered[2:, 1:-1] & covered[:-2, 1:-1]
+    )
     return torch.where((full * points.detach()).sum(-1, keepdim=True) > 0, -full, full), defined

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor, nn
 
 from surefoot.errors import check, check_choice
@@ -37,6 +37,11 @@ class GaussianScene(nn.Module):
     deviation of the smoothing filter of Mip-Splatting, zero when off: see `update_filter`.
     """
 
+    means: nn.Parameter
+    log_scales: nn.Parameter
+    quats: nn.Parameter
+    logit_opacities: nn.Parameter
+    sh: nn.Parameter
     filter_3d: Tensor
 
     def __init__(self, means: Tensor, log_scales: Tensor, quats: Tensor, logit_opacities: Tensor, sh: Tensor) -> None:
@@ -45,7 +50,9 @@ class GaussianScene(nn.Module):
         shapes = {"means": (n, 3), "log_scales": (n, 3), "quats": (n, 4), "logit_opacities": (n,)}
         for name, value in zip(NAMES, (means, log_scales, quats, logit_opacities, sh), strict=True):
             if name in shapes:
-                check(tuple(value.shape) == shapes[name], f"{name} must be {list(shapes[name])}, got {list(value.shape)}.")
+                check(
+                    tuple(value.shape) == shapes[name], f"{name} must be {list(shapes[name])}, got {list(value.shape)}."
+                )
             self.register_parameter(name, nn.Parameter(value.detach().clone()))
         check(sh.dim() == 3 and len(sh) == n and sh.shape[1] in (1, 4, 9, 16) and sh.shape[2] == 3, f"sh must be [{n}, 1 | 4 | 9 | 16, 3], got {list(sh.shape)}.")  # fmt: skip
         self.register_buffer("filter_3d", torch.zeros(n, dtype=means.dtype, device=means.device))
@@ -124,5 +131,5 @@ def neighbour_distance(
     """The root mean square distance of each point to its k nearest neighbours (fewer where there are not so many)."""
     numbers = points.detach().cpu().double().numpy()
     k = min(k, len(numbers) - 1)
-    distance, _ = cKDTree(numbers).query(numbers, k=k + 1)
+    distance, _ = KDTree(numbers).query(numbers, k=k + 1)
     return torch.from_numpy(distance[:, 1:]).square().mean(1).sqrt().to(points)
