@@ -1,0 +1,504 @@
+"""rRCM: the noise grid and schedules, the two contrastive terms, encoders, fine-tuning, certificates, refusals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surefoot.certified.rrcm import (
+    RRCM,
+    ClassifierEncoder,
+    NoiseEncoder,
+    RRCMEncoder,
+    RRCMLoss,
+    RRCMSchedule,
+    SmoothableClassifier,
+    affine_jitter,
+    consistency_tuning_loss,
+    finetune_rrcm,
+    input_scale,
+    karras_sigmas,
+    nce,
+    nearest_time,
+    pretrain_rrcm,
+    projection_head,
+)
+from surefoot.certified.rrcm.encoders import time_features
+from surefoot.certified.rrcm.finetuning import noisy_logits
+from surefoot.core.task import Split, Task, Training
+from surefoot.datasets.embedded import digits
+from surefoot.errors import InvalidInput, Refused
+from surefoot.models.networks import Normalized, small_cnn, small_resnet
+from surefoot.nn.smoothing import certify
+from surefoot.training.loop import fit
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def encoder(seed: int = 0) -> ClassifierEncoder:
+    return ClassifierEncoder(tiny(seed), 10, (1, 8, 8))
+
+
+def vit() -> RRCMEncoder:
+    torch.manual_seed(0)
+    return RRCMEncoder(8, 2, 1, 16, 2, 2)
+
+
+# --- grid and schedules (dossier checks 1, 4, 5, 6) -----------------------------------------------------------------
+
+
+def test_grid_values():
+    t = karras_sigmas(21)
+    for i, value in ((0, 80.0), (10, 2.5152), (13, 0.5666), (20, 0.002)):
+        assert t[i].item() == pytest.approx(value, abs=6e-5)
+    assert bool((t.diff() < 0).all())
+
+
+@pytest.mark.parametrize(("sigma", "index", "value"), [(0.25, 53, 0.49271), (0.5, 48, 0.96542), (1.0, 42, 2.00365)])
+def test_nearest_time_is_twice_sigma(sigma, index, value):
+    grid = karras_sigmas(81)
+    assert nearest_time(grid, sigma) == grid[index].item()
+    assert grid[index].item() == pytest.approx(value, abs=6e-6)
+
+
+def test_number_of_scales():
+    plan = RRCMSchedule(300_000)
+    assert plan.num_scales(0) == 21
+    assert plan.num_scales(1) == plan.num_scales(129_203) == 41
+    assert plan.num_scales(129_204) == plan.num_scales(300_000) == 81
+    assert RRCMSchedule(400, 10, 40).num_scales(0) == 11
+
+
+def test_target_rate():
+    plan = RRCMSchedule(1000)
+    rates = [plan.target_rate(k) for k in range(1001)]
+    assert rates[0] == pytest.approx(0.99, abs=1e-12)
+    assert all(b >= a for a, b in itertools.pairwise(rates))
+    assert rates[-1] == pytest.approx(0.9999, abs=1e-6)
+
+
+def test_input_scale_gives_unit_second_moment():
+    x = 0.5 * torch.randn(200_000, generator=rng(1), dtype=torch.float64)
+    e = torch.randn(200_000, generator=rng(2), dtype=torch.float64)
+    for t in (0.002, 0.5, 5.0, 80.0):
+        scaled = input_scale(torch.tensor(t, dtype=torch.float64)) * (x + t * e)
+        assert scaled.square().mean().item() == pytest.approx(1.0, abs=4 * math.sqrt(2 / 200_000))
+
+
+# --- losses (2, 3) --------------------------------------------------------------------------------------------------
+
+
+def test_nce_worked_numbers():
+    eye = torch.eye(4, dtype=torch.float64)
+    assert nce(3 * eye, eye, 0.2).item() == pytest.approx(math.log(1 + 3 * math.exp(-5)), abs=1e-12)
+    assert math.log(1 + 3 * math.exp(-5)) == pytest.approx(0.0200123, abs=1e-7)
+    same = torch.ones(4, 5, dtype=torch.float64)
+    assert nce(same, same).item() == pytest.approx(1.386294, abs=1e-6)
+
+
+def test_nce_float32_matches_a_float64_reference():
+    f, g = torch.randn(6, 9, generator=rng()), torch.randn(8, 9, generator=rng(1))
+    total = 0.0
+    for i in range(6):
+        s = [F.cosine_similarity(f[i].double(), g[j].double(), dim=0).item() / 0.2 for j in range(8)]
+        total += -s[i] + math.log(sum(math.exp(v) for v in s))
+    assert nce(f, g).item() == pytest.approx(total / 6, rel=1e-6)
+
+
+def test_no_gradient_reaches_a_target():
+    """Gradients equal those with the target replaced by a constant, in both terms; the slow network gets none."""
+    loss, net, slow = RRCMLoss(), encoder(0).double(), encoder(1).double()
+    project, slow_project = projection_head(64, 16, 8).double(), projection_head(64, 16, 8).double()
+    x, x2 = (2 * torch.rand(6, 1, 8, 8, generator=rng(s), dtype=torch.float64) - 1 for s in (0, 1))
+    e = torch.randn(x.shape, generator=rng(2), dtype=torch.float64)
+
+    def gradients(value: Tensor) -> list[Tensor]:
+        return [g for g in torch.autograd.grad(value, list(net.parameters()), allow_unused=True) if g is not None]
+
+    plain = gradients(loss.consistency(net, x, e, 1.0, 0.8))
+    constant = net(x + 0.8 * e, 0.8).detach().clone()
+    f = F.normalize(net(x + 1.0 * e, 1.0), dim=1) @ F.normalize(constant, dim=1).T / 0.2
+    by_hand = gradients(F.cross_entropy(f, torch.arange(6)))
+    leaky = F.normalize(net(x + 1.0 * e, 1.0), dim=1) @ F.normalize(net(x + 0.8 * e, 0.8), dim=1).T / 0.2
+    wrong = gradients(F.cross_entropy(leaky, torch.arange(6)))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(plain, by_hand, strict=True))
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(plain, wrong, strict=True))  # a forgotten stop-gradient shows
+
+    value = loss.contrast(lambda v, t: project(net(v, t)), lambda v, t: slow_project(slow(v, t)), x, x2, e, 0.002)
+    value.backward()
+    assert all(p.grad is None for p in [*slow.parameters(), *slow_project.parameters()])
+    assert all(p.grad is not None for p in project.parameters())
+
+
+def test_views_share_noise_and_levels_share_noise():
+    """What the encoder sees: one e for both views at tmin, and one e, one index for the whole batch in the other term."""
+    seen: list[tuple[Tensor, float]] = []
+
+    def spy(x: Tensor, t: float) -> Tensor:
+        seen.append((x, t))
+        return x.flatten(1) + t
+
+    x, x2 = (torch.rand(5, 1, 4, 4, generator=rng(s), dtype=torch.float64) for s in (0, 1))
+    e = torch.randn(x.shape, generator=rng(2), dtype=torch.float64)
+    RRCMLoss().contrast(spy, spy, x, x2, e, 0.002)
+    assert torch.allclose(seen[0][0] - x, seen[1][0] - x2) and {t for _, t in seen} == {0.002}
+    seen.clear()
+    RRCMLoss().consistency(spy, x, e, 2.0, 1.5)
+    (clean, t_clean), (noisy, t_noisy) = seen
+    assert torch.allclose((clean - x) / 1.5, (noisy - x) / 2.0) and (t_clean, t_noisy) == (1.5, 2.0)
+
+
+def test_consistency_tuning_loss():
+    logits, y = torch.randn(2, 6, 4, generator=rng(), dtype=torch.float64), torch.arange(6) % 4
+    plain = F.cross_entropy(logits.flatten(0, 1), y.repeat(2))
+    assert consistency_tuning_loss(logits, y, lbd=0.0, eta=0.0).item() == pytest.approx(plain.item(), abs=1e-12)
+    twice = logits[:1].expand(2, -1, -1)
+    once = F.cross_entropy(twice[0], y).item()
+    assert consistency_tuning_loss(twice, y, lbd=20.0, eta=0.0).item() == pytest.approx(once, abs=1e-12)  # KL is 0
+    p = logits.softmax(-1)
+    mean = p.mean(0)
+    kl = sum((mean * (mean / q).log()).sum(-1).mean() for q in p) / 2
+    entropy = -(mean * mean.log()).sum(-1).mean()
+    expected = plain + 10 * kl + 0.5 * entropy  # eta is not multiplied by lbd
+    assert consistency_tuning_loss(logits, y, lbd=10.0).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert consistency_tuning_loss(logits.float(), y, lbd=10.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --- encoders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [encoder, vit])
+def test_encoders_use_the_time(make: Callable[[], NoiseEncoder]):
+    net = make()
+    x = torch.rand(3, 1, 8, 8, generator=rng()) * 2 - 1
+    if isinstance(net, ClassifierEncoder):
+        nn.init.normal_(net.time[2].weight, std=0.1)  # zero at the start: then t acts through the input scale only
+    z = net(x, 0.5)
+    assert z.shape == (3, net.embed_dim)
+    assert torch.equal(z, net(x, torch.full((3,), 0.5)))
+    level = input_scale(torch.tensor(0.5)) * x
+    other = net.represent(level, torch.full((3,), 2.0))
+    assert (other - z).abs().max() > 1e-3  # the same scaled input, another t
+    found = sum(p.numel() for stage in net.stages() for p in stage)
+    assert found == sum(p.numel() for p in net.parameters())
+    assert make().double()(x.double(), 0.5).dtype == torch.float64
+
+
+def test_time_features_in_float32_match_float64():
+    t = karras_sigmas(41)
+    reference = time_features(t, 32)
+    assert (time_features(t.float(), 32).double() - reference).abs().max() < 1e-4
+    angle = 250 * math.log(t[3].item())
+    assert reference[3, 0].item() == pytest.approx(math.cos(angle), abs=1e-9)
+    assert reference[3, 16].item() == pytest.approx(math.sin(angle), abs=1e-9)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: Normalized(m, [0.3], [0.4])])
+@pytest.mark.parametrize("make", [tiny, lambda: small_resnet((1, 8, 8), 10), lambda: small_cnn((1, 8, 8), 10)])
+def test_a_classifier_becomes_an_encoder_of_its_features(make, wrap):
+    torch.manual_seed(0)
+    model = wrap(make()).eval()
+    kept = copy.deepcopy(model.state_dict())
+    net = ClassifierEncoder(model, 10, (1, 8, 8)).eval()
+    x = torch.rand(4, 1, 8, 8, generator=rng())
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    assert torch.allclose(head(net(2 * x - 1, 1e-7)), model(x), atol=1e-4)  # t -> 0: the classifier itself
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    assert len(net.stages()) >= 1
+
+
+def test_functional_and_bare_models():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x.flatten(1))))
+
+    assert ClassifierEncoder(Functional(), 10, (1, 8, 8)).embed_dim == 32
+    assert ClassifierEncoder(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, (1, 8, 8)).embed_dim == 64
+    with pytest.raises(Refused, match="not that layer's output"):
+        ClassifierEncoder(nn.Sequential(Functional(), nn.Sigmoid()), 10, (1, 8, 8))
+    with pytest.raises(Refused, match="has none"):
+        ClassifierEncoder(nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), 10, (1, 8, 8))
+
+
+def test_projection_head_has_no_bias_and_no_last_norm():
+    head = projection_head(8, 16, 4)
+    assert [type(m).__name__ for m in head] == [
+        "Linear",
+        "BatchNorm1d",
+        "ReLU",
+        "Linear",
+        "BatchNorm1d",
+        "ReLU",
+        "Linear",
+    ]
+    assert all(m.bias is None for m in head if isinstance(m, nn.Linear))
+
+
+# --- pixels, noise and time at the classifier (8) -------------------------------------------------------------------
+
+
+def test_sigma_on_pixels_is_t_on_the_encoder_scale():
+    x, e = torch.rand(5, 1, 8, 8, generator=rng()), torch.randn(5, 1, 8, 8, generator=rng(1))
+    model = SmoothableClassifier(encoder(), 10, sigma=0.25, time=0.5)
+    seen = []
+    model.encoder.register_forward_hook(lambda m, args, out: seen.append(args))
+    model(x + 0.25 * e)
+    assert torch.allclose(seen[0][0], (2 * x - 1) + 0.5 * e, atol=1e-6)
+    assert seen[0][1].item() == 0.5
+    noisy = noisy_logits(nn.Identity(), torch.zeros(50, 1, 8, 8), sigma=0.25, generator=rng())
+    assert noisy.std().item() == pytest.approx(0.25, abs=4 * 0.25 / math.sqrt(2 * noisy.numel()))
+
+
+def test_head_reads_the_representation():
+    model = SmoothableClassifier(encoder(), 10, sigma=0.25, time=0.5)
+    assert model.head.in_features == 64 and model.head.weight.std() < 4e-5 and bool((model.head.bias == 0).all())
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def small_task() -> Task:
+    return digits(901, sizes=(200, 50, 100))
+
+
+def pretrain(net: NoiseEncoder, x: Tensor, steps: int = 12, seed: int = 0, **options):
+    plan = RRCMSchedule(steps, 10, 40, 0.9, 0.99)
+    return pretrain_rrcm(net, x, steps=steps, generator=rng(seed), batch_size=64, lr=1e-3, tmax=5.0, schedule=plan, hidden_dim=64, output_dim=32, **options)  # fmt: skip
+
+
+def test_pretraining_is_seeded_and_leaves_the_encoder_alone():
+    x, net = small_task().train.x, encoder()
+    kept, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    a, b, c = pretrain(net, x), pretrain(net, x), pretrain(net, x, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
+    assert torch.equal(a.losses, b.losses) and not torch.equal(a.losses, c.losses)
+    assert a.passes == 12 * 64 * 6 and len(a.grid) == 41
+    assert all(p.grad is None for p in a.encoder.parameters())
+
+
+def test_pretraining_counts_its_passes():
+    """`passes` is what the encoders really see."""
+    count = [0]
+
+    class Counted(ClassifierEncoder):
+        def represent(self, x: Tensor, t: Tensor) -> Tensor:
+            count[0] += len(x)
+            return super().represent(x, t)
+
+    for weights, expected in (({}, 6), ({"consistency": 0.0}, 4), ({"contrast": 0.0}, 2)):
+        net = Counted(tiny(), 10, (1, 8, 8))
+        count[0] = 0
+        state = pretrain(net, small_task().train.x, steps=3, **weights)
+        assert count[0] == state.passes == 3 * 64 * expected
+
+
+def test_pretraining_ties_the_levels_of_a_trajectory_together():
+    """After training, neighbours on a trajectory recognise each other among strangers; without the term, less so."""
+    x = small_task().train.x
+    fresh = 2 * small_task().test.x - 1
+    e = torch.randn(fresh.shape, generator=rng(5))
+    values = {}
+    for name, weight in (("with", 1.0), ("without", 0.0)):
+        net = pretrain(encoder(), x, steps=120, consistency=weight).encoder
+        with torch.no_grad():
+            values[name] = nce(net(fresh + 1.0 * e, 1.0), net(fresh + 0.01 * e, 0.01)).item()
+    assert values["with"] < values["without"] - 0.2
+
+
+def test_ema_target_changes_the_run():
+    x = small_task().train.x
+    assert not torch.equal(pretrain(encoder(), x).losses, pretrain(encoder(), x, target="ema").losses)
+
+
+def test_vit_trains_and_finetunes_with_layer_decay():
+    task = small_task()
+    state = pretrain(vit(), task.train.x, steps=4)
+    model = finetune_rrcm(state.encoder, task.train.x, task.train.labels, sigma=0.25, num_classes=10, steps=3, generator=rng(), grid=state.grid, lr=1e-3, layer_decay=0.5)  # fmt: skip
+    assert isinstance(model.encoder, RRCMEncoder)
+    moved = [
+        torch.cat([(a - b).abs().flatten() for a, b in zip(new, old, strict=True)]).max().item()
+        for new, old in zip(model.encoder.stages(), state.encoder.stages(), strict=True)
+    ]
+    assert moved[0] < moved[-1] * 0.5  # early stages move less
+    assert model.time.item() == pytest.approx(nearest_time(state.grid, 0.25))
+
+
+def test_frozen_finetuning_keeps_the_encoder():
+    task = small_task()
+    net = encoder()
+    model = finetune_rrcm(net, task.train.x, task.train.labels, sigma=0.25, num_classes=10, steps=5, generator=rng(), backbone_lr=0.0, lr=1e-2)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), net.parameters(), strict=True))
+    assert model.head.weight.abs().max() > 1e-3
+
+
+def test_finetuning_runs_in_training_mode():
+    """Batch-norm statistics must become those of the noise level (an evaluation-mode fine-tune would keep the old ones)."""
+    torch.manual_seed(0)
+    task, net = small_task(), ClassifierEncoder(small_cnn((1, 8, 8), 10), 10, (1, 8, 8))
+    model = finetune_rrcm(net, task.train.x, task.train.labels, sigma=0.5, num_classes=10, steps=2, generator=rng(), backbone_lr=0.0)  # fmt: skip
+    pairs = zip(model.encoder.named_buffers(), net.named_buffers(), strict=True)
+    assert any("running_mean" in k and not torch.equal(a, b) for (k, a), (_, b) in pairs)
+    assert not model.training
+
+
+def test_jitter_is_within_its_range_and_identity_at_zero():
+    x = torch.rand(6, 1, 8, 8, generator=rng())
+    assert torch.allclose(affine_jitter(0.0, 0.0, 0.0)(x, rng()), x, atol=1e-6)
+    blob = torch.zeros(200, 1, 9, 9)
+    blob[:, :, 4, 4] = 1.0
+    moved = affine_jitter(0.0, 0.0, 1.0)(blob, rng())
+    rows = (moved.sum((1, 3)) * torch.arange(9.0)).sum(1) / moved.sum((1, 2, 3))
+    assert rows.min() >= 3.0 - 1e-4 and rows.max() <= 5.0 + 1e-4 and rows.std() > 0.4
+    assert affine_jitter()(x, rng()).shape == x.shape
+
+
+# --- the treatment and its certificates -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hardened() -> tuple[SmoothableClassifier, Task]:
+    task = digits(902, sizes=(600, 50, 200))
+    run = fit(tiny(), task, Training(epochs=15, batch_size=64, lr=3e-3), [RRCM(sigma=0.25, pretrain_epochs=10)])
+    assert isinstance(run.model, SmoothableClassifier)
+    return run.model, task
+
+
+def test_treatment_gives_a_certifiable_classifier(hardened):
+    model, task = hardened
+    found = certify(model, task.test.x[:100], sigma=0.25, num_classes=10, generator=rng(), n0=50, n=300)
+    right = (found.prediction == task.test.labels[:100]).double().mean().item()
+    assert right > 0.6
+    assert sum(isinstance(m, NoiseEncoder) for m in model.modules()) == 1  # one network, one pass a noise sample
+
+
+def test_backbone_rate_is_a_learning_rate():
+    """Scaling the body's step by r equals training it with r times the learning rate."""
+    task = digits(903, sizes=(64, 20, 20))
+    start = SmoothableClassifier(encoder(), 10, sigma=0.25, time=0.5)
+    treatment = RRCM(backbone_rate=0.25)
+    a, b = copy.deepcopy(start), copy.deepcopy(start)
+    one = torch.optim.Adam(a.parameters(), 1e-2)
+    two = torch.optim.Adam([{"params": b.head.parameters(), "lr": 1e-2}, {"params": b.encoder.parameters(), "lr": 2.5e-3}])  # fmt: skip
+    for _ in range(3):
+        for model, optimizer, use in ((a, one, True), (b, two, False)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(task.train.x), task.train.labels).backward()
+            if use:
+                treatment.before_step(model, optimizer, None)  # type: ignore[arg-type]
+            optimizer.step()
+            if use:
+                treatment.after_step(model, optimizer, None)  # type: ignore[arg-type]
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_certificates_survive_an_attack(hardened):
+    """Gradient attacks through the noise, just inside the certified radius, turn no certified point: thousands of tries."""
+    model, task = hardened
+    x, tried = task.test.x, 0
+    found = certify(model, x, sigma=0.25, num_classes=10, generator=rng(1), n0=50, n=500)
+    sure = ~found.abstained & (found.radius > 0)
+    x, chosen, radius = x[sure], found.prediction[sure], found.radius[sure].float().view(-1, 1, 1, 1)
+    for seed in range(7):
+        g, z = rng(seed), x + 1e-3 * torch.randn(x.shape, generator=rng(100 + seed))
+        for _ in range(6):
+            z.requires_grad_(True)
+            noise = 0.25 * torch.randn((8, *z.shape), generator=g)
+            logits = model((z + noise).flatten(0, 1)).softmax(1).unflatten(0, (8, len(z))).mean(0)
+            (grad,) = torch.autograd.grad(F.nll_loss(logits.clamp(min=1e-9).log(), chosen, reduction="sum"), z)
+            with torch.no_grad():
+                z = z + 0.5 * radius * grad / grad.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+                delta = z - x
+                norm = delta.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+                z = x + delta * (0.99 * radius / norm)
+        with torch.no_grad():
+            e = 0.25 * torch.randn((400, 1, 8, 8), generator=g)
+            votes = torch.stack([torch.bincount(model(p + e).argmax(1), minlength=10) for p in z.detach()])
+        assert torch.equal(votes.argmax(1), chosen)
+        tried += len(z)
+    assert tried >= 1000
+
+
+def test_the_factor_two_confusion_is_caught():
+    """Training noise sigma on the [-1, 1] scale is half the noise that is certified: the encoder would see t = sigma."""
+    x = torch.full((400, 1, 8, 8), 0.5)
+    seen: list[Tensor] = []
+    model = SmoothableClassifier(encoder(), 10, sigma=0.25, time=nearest_time(karras_sigmas(81), 0.25))
+    model.encoder.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    noisy_logits(model, x, sigma=0.25, generator=rng())
+    assert seen[0].std().item() == pytest.approx(0.5, rel=0.01)
+    assert seen[0].std().item() == pytest.approx(model.time.item(), rel=0.05)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+X, Y = torch.rand(20, 1, 8, 8, generator=rng()), torch.arange(20) % 10
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "sigma outside the grid": (lambda: nearest_time(karras_sigmas(41, tmax=5.0), 3.0), "half the noise grid"),
+    "one image a batch": (lambda: pretrain_rrcm(encoder(), X, steps=1, generator=rng(), batch_size=1), "batch_size"),
+    "pixels beyond 1": (lambda: pretrain_rrcm(encoder(), 3 * X, steps=1, generator=rng()), r"\[0, 1\]"),
+    "NaN pixels": (lambda: pretrain_rrcm(encoder(), X * math.nan, steps=1, generator=rng()), r"\[0, 1\]"),
+    "one grid point": (lambda: karras_sigmas(1), "n must be an integer of at least 2"),
+    "tmin above tmax": (lambda: karras_sigmas(5, tmin=2.0, tmax=1.0), "tmin must be smaller"),
+    "tau zero": (lambda: RRCMLoss(0.0), "tau must be positive"),
+    "a class without label": (
+        lambda: finetune_rrcm(encoder(), X[:9], Y[:9], sigma=0.25, num_classes=10, steps=1, generator=rng()),
+        "No label of class 9",
+    ),
+    "no time input": (lambda: pretrain_rrcm(tiny(), X, steps=1, generator=rng()), "no time input"),  # type: ignore[arg-type]
+    "both terms off": (
+        lambda: pretrain_rrcm(encoder(), X, steps=1, generator=rng(), contrast=0.0, consistency=0.0),
+        "nothing to train on",
+    ),
+    "other image size": (lambda: vit()(torch.zeros(1, 1, 6, 6), 1.0), "images of 8x8"),
+    "treatment sigma": (lambda: RRCM(sigma=9.0), "half the noise grid"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    call, sentence = BAD[case]
+    with pytest.raises(InvalidInput, match=sentence):
+        call()
+
+
+def test_signals_are_refused():
+    split = Split(torch.rand(20, 1, 40), Y)
+    task = Task("s", split, split, split, 10, "signal")
+    with pytest.raises(Refused, match="images"):
+        RRCM().check(tiny(), task)
+
+
+def test_smaller_last_batch_is_dropped():
+    sizes = []
+
+    class Spy(ClassifierEncoder):
+        def represent(self, x: Tensor, t: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return super().represent(x, t)
+
+    pretrain_rrcm(Spy(tiny(), 10, (1, 8, 8)), X, steps=4, generator=rng(), batch_size=8, hidden_dim=8, output_dim=4)
+    assert set(sizes) == {8}
