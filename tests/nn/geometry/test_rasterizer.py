@@ -103,7 +103,7 @@ def test_equals_the_dense_formula_with_its_gradients(seed, normals):
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_gradients_match_finite_differences(seed):
     """All eight inputs at once; opacities are moderate so that no pixel stands at a cut."""
     camera = camera_of(12, 10)
