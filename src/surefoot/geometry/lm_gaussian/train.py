@@ -1,0 +1,308 @@
+"""Stages 1 and 2: splats from a cloud, under several priors at once; then again under photos and repaired virtual views.
+
+One loop (`train_splats`) serves the method, its ablations and its rivals: a photo is drawn at random without replacement, rendered, and the terms given
+add up. Rates and switch points are written for 30,000 steps and scale with the run. Densification and opacity resets are off: on
+a handful of views they destroy a good start within a few hundred steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from surefoot.errors import InvalidInput, check, check_at_least, check_choice
+from surefoot.geometry.lm_gaussian.losses import (
+    distance_weight,
+    local_pearson_loss,
+    normal_loss,
+    pearson_depth_loss,
+    photometric_loss,
+    render_points,
+)
+from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior
+from surefoot.nn.geometry.cameras import Camera, scene_extent
+from surefoot.nn.geometry.densification import DensificationStrategy, change_rows, splat_optimizer
+from surefoot.nn.geometry.image_metrics import psnr
+from surefoot.nn.geometry.ply import PointCloud
+from surefoot.nn.geometry.rasterizer import RenderOut, depth_normals, rasterize
+from surefoot.nn.geometry.splats import GaussianScene
+
+FULL = 30_000  # the schedule that rates and switch points are written for
+Terms = Mapping[str, Tensor]
+Record = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Adam's learning rates; the means' are in units of the scene's extent and fall exponentially to `means_end` of their start."""
+
+    means: float = 4e-3
+    means_end: float = 0.05
+    log_scales: float = 1e-2
+    quats: float = 3e-3
+    opacity: float = 0.05
+    sh: float = 1e-2
+
+    @classmethod
+    def full(cls, mode: str = "360") -> Rates:
+        """The published rates for 12,000 steps and more."""
+        check_choice("mode", mode, ("360", "forward"))
+        if mode == "360":
+            return cls(means=1e-4, means_end=0.1, log_scales=5e-3, quats=3e-3, opacity=0.05, sh=2.5e-3)
+        return cls(means=1e-4, means_end=0.01, log_scales=0.015, quats=3e-3, opacity=0.065, sh=5e-3)
+
+
+@dataclass
+class Course:
+    """What a training run leaves behind beside the scene."""
+
+    history: list[Record] = field(default_factory=list)
+    early: list[tuple[int, Tensor]] = field(
+        default_factory=list
+    )  # (photo, its rendering) from the first steps: pairs for the repair model
+    steps: int = 0
+
+
+class MultiModalLoss(nn.Module):
+    """The terms of one photo beside the photometric one: depth, normal, and depth against normal.
+
+    `boxes` is the side of the local boxes (128 at 512 pixels), `lam_dn` couples normals with those of the depth map.
+    """
+
+    def __init__(
+        self, *, mono_depth: Tensor | None = None, mono_normal: Tensor | None = None, lam_depth: float = 0.1, lam_normal: float = 0.01,
+        lam_dn: float = 0.0, box: int | None = None, fraction: float = 0.5,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in (("lam_depth", lam_depth), ("lam_normal", lam_normal), ("lam_dn", lam_dn)):
+            check(value >= 0, f"{name} must not be negative, got {value!r}.")
+        self.mono_depth, self.mono_normal = mono_depth, mono_normal
+        self.lam_depth, self.lam_normal, self.lam_dn, self.fraction = lam_depth, lam_normal, lam_dn, fraction
+        size = 512 if mono_depth is None else min(mono_depth.shape[1:])
+        self.box = box if box is not None else max(8, size // (3 if size < 100 else 4))
+
+    @property
+    def needs_normals(self) -> bool:
+        return (self.mono_normal is not None and self.lam_normal > 0) or self.lam_dn > 0
+
+    def forward(self, out: RenderOut, camera: Camera, photo: int, generator: torch.Generator) -> Terms:
+        terms: dict[str, Tensor] = {}
+        if self.mono_depth is not None and self.lam_depth > 0:
+            depth, mono = out.expected_depth, self.mono_depth[photo].to(out.rgb)
+            local = local_pearson_loss(depth, mono, self.box, self.fraction, generator=generator)
+            terms["depth"] = self.lam_depth * (pearson_depth_loss(depth, mono) + local)
+        if self.mono_normal is not None and self.lam_normal > 0:
+            assert out.normal is not None
+            terms["normal"] = self.lam_normal * normal_loss(out.normal, self.mono_normal[photo].to(out.rgb))
+        if self.lam_dn > 0:
+            assert out.normal is not None
+            pulls = []
+            for depth in (out.expected_depth, out.median_depth):
+                other, defined = depth_normals(depth, out.alpha, camera)
+                pulls.append(
+                    (1 - (out.normal * other).sum(-1))[defined].mean() if bool(defined.any()) else out.depth.sum() * 0
+                )
+            terms["depth_normal"] = self.lam_dn * (0.4 * pulls[0] + 0.6 * pulls[1])
+        return terms
+
+
+@dataclass(frozen=True)
+class VirtualViews:
+    """Views between the photos with what they should look like, and how much each counts per pixel."""
+
+    cameras: Sequence[Camera]
+    targets: Tensor  # [V, H, W, 3]
+    masks: Tensor  # float [V, H, W]
+    weight: float | Sequence[float] = 1.0
+
+    def term(self, scene: GaussianScene, background: Tensor, generator: torch.Generator) -> Tensor:
+        """weight L1 on a random one of them, over the pixels that its mask covers."""
+        k = int(torch.randint(len(self.cameras), (), generator=generator))
+        weight = float(self.weight[k]) if isinstance(self.weight, Sequence) else float(self.weight)
+        mask = self.masks[k]
+        if weight == 0 or not bool(mask.any()):
+            return scene.means.sum() * 0
+        image = rasterize(scene, self.cameras[k], background).rgb
+        difference = (image - self.targets[k]).abs().mean(-1)
+        return weight * (difference * mask).sum() / mask.sum()
+
+
+def views_of_cloud(cloud: PointCloud, cameras: Sequence[Camera], *, weight: float, radius: float = 1.0) -> VirtualViews:
+    """The cleaned cloud seen from virtual cameras."""
+    drawn = [render_points(cloud.points, cloud.rgb, camera, radius=radius) for camera in cameras]
+    return VirtualViews(cameras, torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]).float(), weight)
+
+
+def train_splats(
+    scene: GaussianScene,
+    cameras: Sequence[Camera],
+    images: Tensor,  # [V, H, W, 3]
+    *,
+    steps: int,
+    generator: torch.Generator,
+    rates: Rates | None = None,
+    schedule: int | None = None,
+    first_step: int = 0,
+    multi: MultiModalLoss | None = None,
+    virtual: VirtualViews | None = None,
+    strategy: DensificationStrategy | None = None,
+    background: Tensor | None = None,
+    sh_every: int | None = None,
+    filter_every: int | None = None,
+    prune_every: int | None = None,
+    prune_below: float = 0.02,
+    keep_early: int = 0,
+    on_step: Callable[[int, int, Record], None] | None = None,
+) -> Course:
+    """Train a scene in place on photos.
+
+    - `schedule`: the length that rates decay over (default: this run); `first_step` is where on it the run begins.
+    - `sh_every`: raise the harmonics' degree so often; `filter_every`: renew the 3D smoothing filter so often (None: off).
+    - `keep_early`: how many renderings a photo to keep from the first thirtieth of the run, as degraded halves of repair pairs.
+    - `on_step(step, steps, record)`: progress; exceptions from it (an interruption) leave the scene as it is.
+    """
+    check(
+        len(cameras) == len(images) and len(images) > 0, f"There are {len(cameras)} cameras for {len(images)} images."
+    )
+    check_at_least("steps", steps, 0)
+    rates, schedule = rates or Rates(), schedule or steps
+    for camera, image in zip(cameras, images, strict=True):
+        check(image.shape == (camera.height, camera.width, 3), f"Camera {camera.name!r} is {camera.width} x {camera.height}, its image {tuple(image.shape)}.")  # fmt: skip
+    extent = scene_extent(torch.stack([c.centre for c in cameras]))
+    optimizer = splat_optimizer(scene, extent, means=rates.means, log_scales=rates.log_scales, quats=rates.quats, opacity=rates.opacity, sh=rates.sh)  # fmt: skip
+    background = scene.means.new_zeros(3) if background is None else background
+    course, queue = Course(steps=steps), []
+    early_until = max(1, round(schedule / 30))
+    for step in range(first_step, first_step + steps):
+        optimizer.param_groups[0]["lr"] = rates.means * extent * rates.means_end ** (step / max(1, schedule))
+        if filter_every and step % filter_every == 0:
+            scene.update_filter(cameras)
+        if sh_every and step and step % sh_every == 0:
+            scene.active_degree = min(scene.degree, scene.active_degree + 1)
+        queue = queue or torch.randperm(len(images), generator=generator).tolist()
+        photo = queue.pop()
+        out = rasterize(scene, cameras[photo], background, normals=multi is not None and multi.needs_normals)
+        terms: dict[str, Tensor] = {"photometric": photometric_loss(out.rgb, images[photo])}
+        if multi is not None:
+            terms |= multi(out, cameras[photo], photo, generator)
+        if virtual is not None:
+            terms["virtual"] = virtual.term(scene, background, generator)
+        loss = torch.stack([t.reshape(()) for t in terms.values()]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if keep_early and step < early_until and sum(k == photo for k, _ in course.early) < keep_early:
+            course.early.append((photo, out.rgb.detach()))
+        if strategy is not None:
+            strategy.observe(out, cameras[photo].width, cameras[photo].height)
+        optimizer.step()
+        if strategy is not None:
+            strategy.step(scene, optimizer, step, extent, generator)
+        if prune_every and step and step % prune_every == 0:
+            keep = scene.logit_opacities.detach().sigmoid() >= prune_below
+            if 2 <= int(keep.sum()) < len(scene):
+                change_rows(scene, optimizer, keep)
+        _record(course, step, first_step + steps, terms, out, images[photo], len(scene), on_step)
+    return course
+
+
+def _record(
+    course: Course, step: int, last: int, terms: Terms, out: RenderOut, image: Tensor, splats: int, on_step
+) -> None:
+    if step % 100 and step + 1 != last:
+        if on_step is not None:
+            on_step(step + 1, last, {})
+        return
+    record = {name: float(value.detach()) for name, value in terms.items()}
+    if not all(map(math.isfinite, record.values())):
+        raise InvalidInput(f"Training diverged at step {step} ({record}); lower the learning rates.")
+    record |= {
+        "step": step + 1.0, "splats": float(splats), "visible": float(out.visible.float().mean()),
+        "coverage": float(out.alpha.detach().mean()), "train_psnr": psnr(out.rgb.detach(), image),
+    }  # fmt: skip
+    course.history.append(record)
+    if on_step is not None:
+        on_step(step + 1, last, record)
+
+
+# --- stage 2 ----------------------------------------------------------------------------------------------------------
+
+
+def collect_repair_pairs(course: Course, images: Tensor) -> tuple[Tensor, Tensor]:  # [P, H, W, 3] twice
+    """(early rendering, photo): what the repair model learns to undo in this very place."""
+    check(bool(course.early), "No early renderings were kept; train stage 1 with keep_early > 0.")
+    return torch.stack([image for _, image in course.early]), torch.stack([images[k] for k, _ in course.early])
+
+
+@torch.no_grad()
+def repaired_views(
+    scene: GaussianScene,
+    cameras: Sequence[Camera],
+    train: Sequence[Camera],
+    prior: ImageRepairPrior,
+    *,
+    strength: float,
+    generator: torch.Generator,
+    background: Tensor | None = None,
+    gain: float | None = 16.0,
+    mask_unreliable: bool = False,
+) -> VirtualViews:
+    """Render virtual views, repair them, and weigh them by their distance to the photos (`gain=None`: all by 1).
+
+    `mask_unreliable` drops pixels where the repair moved the low-pass image (sigma 4 pixels) by more than 0.15: it redrew them.
+    """
+    renders = torch.stack([rasterize(scene, camera, background).rgb.clamp(0, 1) for camera in cameras])
+    repaired = prior.repair(renders, strength=strength, generator=generator).clamp(0, 1)
+    check(
+        repaired.shape == renders.shape,
+        f"The repair prior returned {tuple(repaired.shape)} for {tuple(renders.shape)}.",
+    )
+    masks = torch.ones_like(repaired[..., 0])
+    if mask_unreliable:
+        masks = (_low_pass(repaired - renders).abs().amax(-1) <= 0.15).to(masks)
+    centres = torch.stack([c.centre for c in train])
+    weights = [1.0 if gain is None else distance_weight(camera.centre, centres, gain) for camera in cameras]
+    return VirtualViews(cameras, repaired, masks, weights)
+
+
+def _low_pass(images: Tensor, sigma: float = 4.0) -> Tensor:  # [V, H, W, 3]
+    reach = 12
+    line = torch.exp(-(torch.arange(-reach, reach + 1, dtype=images.dtype) ** 2) / (2 * sigma**2))
+    line = (line / line.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)
+    x = images.permute(0, 3, 1, 2)
+    x = nn.functional.conv2d(nn.functional.pad(x, (reach, reach, 0, 0), mode="replicate"), line, groups=3)
+    x = nn.functional.conv2d(nn.functional.pad(x, (0, 0, reach, reach), mode="replicate"), line.mT, groups=3)
+    return x.permute(0, 2, 3, 1)
+
+
+def refine(
+    scene: GaussianScene,
+    cameras: Sequence[Camera],
+    images: Tensor,
+    repair_prior: ImageRepairPrior,
+    virtual: Sequence[Camera],
+    *,
+    rounds: int = 3,
+    steps: int = 150,
+    strength: float = 0.2,
+    gain: float | None = 16.0,
+    rates: Rates | None = None,
+    mask_unreliable: bool = False,
+    background: Tensor | None = None,
+    generator: torch.Generator,
+    on_step: Callable[[int, int, Record], None] | None = None,
+) -> Course:
+    """Stage 2 in place: `rounds` times repair all virtual views, then train on photos and on them; depth and normal priors stay off, as they are
+    smoother than the repaired views. The means' rate starts anew in each round."""
+    check_at_least("rounds", rounds, 1)
+    check_at_least("steps", steps, rounds)
+    whole = Course(steps=steps)
+    for r in range(rounds):
+        views = repaired_views(scene, virtual, cameras, repair_prior, strength=strength, generator=generator, background=background, gain=gain, mask_unreliable=mask_unreliable)  # fmt: skip
+        share = steps // rounds + (r < steps % rounds)
+        course = train_splats(scene, cameras, images, steps=share, generator=generator, rates=rates, virtual=views, background=background, on_step=on_step)  # fmt: skip
+        whole.history += [{**record, "round": float(r)} for record in course.history]
+    return whole
