@@ -81,7 +81,10 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
     seen: list[tuple[str, Tensor]] = []
 
     def listen(name: str, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_hook(lambda module, inputs, output: seen.append((name, output)))
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append((name, output))
+
+        return module.register_forward_hook(note)
 
     handles = [listen(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     try:
