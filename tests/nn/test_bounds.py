@@ -630,3 +630,57 @@ def test_nothing_of_the_callers_is_touched():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+# --------------------------------------------------------------------------------------------------- fast kernels
+
+
+def test_rectified_pair_is_relu_of_both_ends_with_its_gradients():
+    draw = generator(0)
+    centre, radius = torch.randn(4, 50, generator=draw).double(), torch.rand(4, 50, generator=draw).double()
+    weights = torch.randn(2, 4, 50, generator=draw).double()
+    gradients = []
+    for fused in (True, False):
+        c, r = centre.clone().requires_grad_(), radius.clone().requires_grad_()
+        box = B.Rectifier().interval(Box.around(c, r)) if fused else Box(F.relu(c - r), F.relu(c + r))
+        (weights[0] * box.centre + weights[1] * box.radius).sum().backward()
+        gradients.append((box.centre.detach(), box.radius.detach(), c.grad, r.grad))
+    for ours, plain in zip(*gradients, strict=True):
+        assert torch.allclose(ours, plain, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_statistics_have_the_gradients_of_separate_passes(affine):
+    from surefoot.nn.bounds.kernels import BatchStatistics
+
+    draw = generator(0)
+    x0 = torch.randn(6, 3, 2, 2, generator=draw).double()
+    weights = [torch.randn(s, generator=draw).double() for s in (x0.shape, (3,), (3,))]
+    results = []
+    for fused in (True, False):
+        x = x0.clone().requires_grad_()
+        w = torch.tensor([0.5, -1.0, 2.0]).double().requires_grad_() if affine else None
+        b = torch.ones(3).double().requires_grad_() if affine else None
+        if fused:
+            output, mean, inverse = BatchStatistics.apply(x, w, b, None, None, 0.0, 1e-5)
+        else:
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            inverse, output = (var + 1e-5).rsqrt(), F.batch_norm(x, None, None, w, b, True)
+        sum((a * v).sum() for a, v in zip(weights, (output, mean, inverse), strict=True)).backward()
+        results.append([output, mean, inverse, x.grad, *([w.grad, b.grad] if affine else [])])
+    for ours, plain in zip(*results, strict=True):
+        assert torch.allclose(ours, plain, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["crown-ibp", "alpha-crown-ibp", "crown", "alpha-crown"])
+def test_residual_nets_by_every_method_hold_and_get_tighter(method):
+    """Shi et al.'s ladder on a residual net with batch-norm: never looser than intervals, never beyond a sampled margin."""
+    model = scramble(small_resnet((1, 6, 6), 4, widths=(3, 4)), 2).double().eval()
+    x = torch.rand(3, 1, 6, 6, generator=generator(0)).double()
+    y = model(x).argmax(1)
+    ours, intervals = (B.margin_bounds(model, x, y, 0.02, method=m).detach() for m in (method, "ibp"))  # type: ignore[arg-type]
+    assert (ours >= intervals - 1e-9).all()
+    assert (ours > intervals + 1e-3).any()
+    for point in points_in(B.region_around(x, 0.02).box, 200, 1):
+        truth = (B.margin_rows(y, 4, torch.float64) @ model(point).unsqueeze(2)).squeeze(2)
+        assert (truth >= ours - 1e-9).all()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surefoot.errors import UnsupportedOp
 from surefoot.nn.bounds.graph import Refine, Step
 from surefoot.nn.bounds.operators import Box, Dense, Op, Rectifier, inner
 
@@ -79,6 +80,43 @@ def lower_bound(
         total = total + region.minimum(pending[0])
     assert isinstance(total, Tensor)
     return total
+
+
+def pull_back(
+    steps: Sequence[Step],
+    start: int,
+    a: Tensor,  # [Bz, R, ...] coefficients on the output of steps[start]
+    gates: Mapping[int, Tensor],  # rectifier step -> the slope it lets through, [B, ...]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The linear form written on the input and on the rectifiers' outputs: (coefficients by step, constant `[B, R]`).
+
+    A rectifier in `gates` keeps the coefficients on its own output and also passes them on times its gate: 1 where it is
+    active, 0 where inactive, and 0 where a caller keeps its output as a variable. With the gates of one activation pattern the
+    coefficients at step 0 are the Jacobian's rows.
+    """
+    pending, met = {start: a}, {}
+    constant = steps[0].box.lower.new_zeros(len(steps[0].box.lower), a.shape[1])
+    for index in range(start, 0, -1):
+        coefficients = pending.pop(index, None)
+        if coefficients is None:
+            continue
+        step = steps[index]
+        assert step.op is not None
+        if step.op.affine:
+            pulled = step.op.pull(coefficients, [steps[p].box.shape for p in step.parents])
+            constant = constant + step.op.offset(coefficients)
+        elif index in gates:
+            met[index] = coefficients
+            pulled = (coefficients * gates[index].unsqueeze(1),)
+        else:
+            raise UnsupportedOp(
+                f"Node '{step.name}' is not piecewise linear by a pattern of ReLUs; replace it by a ReLU."
+            )
+        for parent, part in zip(step.parents, pulled, strict=True):
+            pending[parent] = pending[parent] + part if parent in pending else part
+    if 0 in pending:
+        met[0] = pending[0]
+    return met, constant
 
 
 def _through_rectifier(op: Rectifier, a: Tensor, box: Box, below: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from surefoot.nn.bounds.kernels import RectifiedPair
+
 # Entries of a convolution's matrix up to which many rows are multiplied by it at once: convolving thousands of tiny maps
 # costs four to eight times as much (measured at 2^13 to 2^16 entries; even at about 2^18).
 SMALL_MATRIX = 2**17
@@ -230,7 +232,7 @@ class Scale(Op):
 
     def interval(self, *boxes: Box) -> Box:
         scale = self.scale.abs() if isinstance(self.scale, Tensor) else abs(self.scale)
-        return Box.around(self.value(boxes[0].centre), boxes[0].radius * scale)
+        return Box.around(boxes[0].centre * self.scale + self.shift, boxes[0].radius * scale)
 
     def _beside_rows(self, constant: Tensor | float) -> Tensor | float:
         """A constant with a batch dimension gets a row dimension after it, to broadcast with `[Bz, R, ...]`."""
@@ -243,6 +245,16 @@ class Scale(Op):
         if isinstance(self.shift, Tensor) or self.shift != 0:
             return (a * self._beside_rows(self.shift)).flatten(2).sum(2)
         return 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class BatchScale(Scale):
+    """Batch-norm in training mode: the scale and shift of the clean batch, whose own `output` is known already."""
+
+    output: Tensor
+
+    def value(self, *inputs: Tensor) -> Tensor:
+        return self.output
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,6 +329,8 @@ class Rectifier(Op):
         return F.relu(inputs[0]) if self.slope == 0 else F.leaky_relu(inputs[0], self.slope)
 
     def interval(self, *boxes: Box) -> Box:
+        if self.slope == 0 and torch.is_grad_enabled():
+            return Box.around(*RectifiedPair.apply(boxes[0].centre, boxes[0].radius))
         return Box(self.value(boxes[0].lower), self.value(boxes[0].upper))
 
     def lines(self, box: Box) -> tuple[Tensor, Tensor, Tensor]:

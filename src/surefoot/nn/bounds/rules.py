@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, UnsupportedOp
+from surefoot.nn.bounds.kernels import BatchStatistics
 from surefoot.nn.bounds.operators import (
+    BatchScale,
     Box,
     Concat,
     Convolution,
@@ -99,37 +101,35 @@ _functional_conv(F.conv2d)
 @rule(nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(m: nn.BatchNorm1d | nn.BatchNorm2d, x: Ref):
     """Evaluation: running statistics. Training: statistics of the clean batch, which moves the running ones, once."""
+    shape = (1, -1) + (1,) * (len(x.shape) - 2)
+    output = None
     if m.training:
-        mean, var = _clean_statistics(m, x)
+        output, mean, inverse = _clean_statistics(m, x)
     elif m.running_mean is None or m.running_var is None:
         raise UnsupportedOp("it has no running statistics, so that every example's output depends on the whole batch")
     else:
-        mean, var = m.running_mean, m.running_var
-    scale = torch.rsqrt(var + m.eps)
-    if m.weight is not None:
-        scale = scale * m.weight
+        mean, inverse = m.running_mean, torch.rsqrt(m.running_var + m.eps)
+    scale = inverse if m.weight is None else inverse * m.weight
     shift = -mean * scale if m.bias is None else m.bias - mean * scale
-    shape = (1, -1) + (1,) * (len(x.shape) - 2)
-    return Scale(scale.reshape(shape), shift.reshape(shape), len(x.shape)), (x,)
+    constants = scale.reshape(shape), shift.reshape(shape), len(x.shape)
+    return (Scale(*constants) if output is None else BatchScale(*constants, output)), (x,)
 
 
-def _clean_statistics(m: nn.BatchNorm1d | nn.BatchNorm2d, x: Ref) -> tuple[Tensor, Tensor]:
+def _clean_statistics(m: nn.BatchNorm1d | nn.BatchNorm2d, x: Ref) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised clean batch, its mean, its 1/std)."""
     if x.value is None:
         raise InvalidInput("Batch-norm in training mode needs the clean batch: pass clean=x, or call model.eval().")
-    n = x.value.numel() // x.value.shape[1]
-    if n < 2:
+    if x.value.numel() // x.value.shape[1] < 2:
         raise InvalidInput(
             "Batch-norm in training mode needs a batch of at least 2 examples, got 1; drop the last batch."
         )
-    var, mean = torch.var_mean(x.value, [d for d in range(x.value.dim()) if d != 1], correction=0)
-    if m.running_mean is not None and m.running_var is not None:
-        with torch.no_grad():
-            assert m.num_batches_tracked is not None
-            m.num_batches_tracked += 1
-            pace = 1.0 / float(m.num_batches_tracked) if m.momentum is None else m.momentum
-            m.running_mean.lerp_(mean.detach(), pace)
-            m.running_var.lerp_(var.detach() * (n / (n - 1)), pace)
-    return mean, var
+    pace = m.momentum
+    if m.running_mean is not None and m.num_batches_tracked is not None:
+        m.num_batches_tracked += 1
+        pace = 1.0 / float(m.num_batches_tracked) if pace is None else pace
+    running = m.running_mean, m.running_var
+    output, mean, inverse = BatchStatistics.apply(x.value, m.weight, m.bias, *running, pace or 0.0, m.eps)  # type: ignore[misc]
+    return output, mean, inverse
 
 
 # ------------------------------------------------------------------------------------------------ activations
