@@ -35,9 +35,23 @@ def test_finding(digits_subject):
     assert finding.samples.mean() == finding.value
     assert finding.fix == ("fast_ibp",)
     assert f"{count} of 32" in finding.sentence
-    clean, *curve, by_ibp = (part.value for part in finding.parts)
+    clean, *curve, by_ibp, broken = (part.value for part in finding.parts)
     assert clean >= curve[0] >= curve[1] >= curve[2] == finding.value >= by_ibp
     assert 0 < finding.value < 1
+    assert broken <= clean - finding.value + 1e-12  # nobody is both proven and broken
+    assert finding.details["tolerance"] == 1e-12
+
+
+def test_complete_verification_only_adds_proofs_and_leaves_little_open(digits_subject):
+    subject, task = digits_subject
+    eps = 0.04
+    bounds_only = VerifiedAccuracy(eps=eps, complete_neurons=0).measure(subject, task)
+    complete = VerifiedAccuracy(eps=eps).measure(subject, task)
+    assert (complete.samples >= bounds_only.samples).all()
+    clean, broken = complete.parts[0].value, complete.parts[-1].value
+    assert complete.value + broken > clean - 0.1
+    assert complete.value + broken > bounds_only.value
+    assert len(complete.parts) == len(bounds_only.parts) + 1
 
 
 def test_no_proven_image_is_broken_by_an_attack(digits_subject):
@@ -113,19 +127,23 @@ def test_unsupported_models_are_named(digits_subject):
 
 def test_large_nets_get_crown_ibp_and_a_warning(digits_subject):
     subject, task = digits_subject
+    task = task.changed(budget="standard")
     assert neuron_count(subject.model, task.test.x[:1]) == 64
-    full, cheap = VerifiedAccuracy(eps=0.03), VerifiedAccuracy(eps=0.03, crown_neurons=10)
-    assert full.measure(subject, task).warnings == ()
-    finding = cheap.measure(subject, task)
-    assert "64 ReLU neurons" in finding.warnings[0]
-    assert finding.value <= full.measure(subject, task).value
+    full = VerifiedAccuracy(eps=0.05, complete_neurons=0).measure(subject, task)
+    cheap = VerifiedAccuracy(eps=0.05, crown_neurons=10, complete_neurons=0).measure(subject, task)
+    assert full.warnings == ()
+    assert "64 ReLU neurons" in cheap.warnings[0]
+    assert cheap.details["method"] == "alpha-crown-ibp"
+    assert cheap.value <= full.value
 
 
 def test_contracts(digits_subject):
     check_instrument(VerifiedAccuracy(), *digits_subject)
 
 
-@pytest.mark.parametrize("settings", [{"eps": 0.0}, {"eps": float("nan")}, {"crown_neurons": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"eps": 0.0}, {"eps": float("nan")}, {"crown_neurons": -1}, {"complete_neurons": -1}, {"nodes": 0}]
+)
 def test_bad_settings(settings):
     with pytest.raises(InvalidInput, match=next(iter(settings))):
         VerifiedAccuracy(**settings)
