@@ -1,0 +1,242 @@
+"""Tightness against closed forms, explicit matrices and corner enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surefoot.certified import ibp_tightness as T
+from surefoot.core.contracts import check_instrument
+from surefoot.core.subject import Subject
+from surefoot.datasets.embedded import digits
+from surefoot.errors import InvalidInput, UnsupportedOp
+from surefoot.models import mlp, seeded_build, small_cnn
+from surefoot.nn.bounds import Box, Program, margin_rows, propagate
+
+
+def noise(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(*weights: Tensor, relu: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0]).double()
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.zero_()
+        layers += [layer, nn.ReLU()] if relu else [layer]
+    return nn.Sequential(*(layers[:-1] if relu else layers))
+
+
+def gaussian(*sizes: int, seed: int) -> list[Tensor]:
+    draw = noise(seed)
+    return [torch.randn(o, i, generator=draw, dtype=torch.float64) for i, o in itertools.pairwise(sizes)]
+
+
+def tau(model: nn.Module, x: Tensor, **more) -> T.TightnessReport:
+    return T.propagation_tightness(model, x, **({"eps": 0.1, "data_range": None} | more))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.branch = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2)
+        self.out = nn.Linear(36, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.first((x - 0.5) / 0.2)))
+        return self.out(F.relu(x + self.branch(x)).flatten(1))
+
+
+def residual() -> nn.Module:
+    model = seeded_build(Residual, noise(0)).double().eval()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([1.0, -0.7, 0.3, -1.2]))
+        model.norm.running_var.fill_(0.5)
+    return model
+
+
+def test_worked_numbers():
+    w1, x = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), torch.zeros(1, 2).double()
+    report = tau(linear(w1, torch.ones(1, 2)), x)
+    values = [report.optimal_radius.item(), report.ibp_radius.item(), report.mean]
+    assert values == pytest.approx([0.2, 0.4, 0.5])
+    assert tau(linear(torch.ones(2, 1), torch.tensor([[1.0, -1.0]])), x[:, :1]).mean == 0.0
+
+
+def test_one_layer_and_nonnegative_nets_are_exact():
+    x = torch.rand(4, 5, generator=noise(0)).double()
+    assert tau(linear(*gaussian(5, 3, seed=1)), x).mean == pytest.approx(1.0, abs=1e-12)
+    positive = linear(*(w.abs() for w in gaussian(5, 8, 8, 3, seed=1)), relu=True)
+    assert tau(positive, x).per_output.flatten().tolist() == pytest.approx([1.0] * 12)
+
+
+def test_invariances_and_range():
+    w1, w2 = gaussian(6, 16, 4, seed=0)
+    x = torch.randn(5, 6, generator=noise(1)).double()
+    base = tau(linear(w1, w2, relu=True), x).per_output
+    assert (base >= 0).all() and (base <= 1 + 1e-5).all()
+    scale, order = torch.rand(16, generator=noise(2)).double() + 0.1, torch.randperm(16, generator=noise(3))
+    for model, eps in (
+        (linear(w1, w2, relu=True), 1e-4),
+        (linear(scale[:, None] * w1, w2 / scale, relu=True), 0.1),
+        (linear(w1[order], w2[:, order], relu=True), 0.1),
+    ):
+        assert torch.allclose(tau(model, x, eps=eps).per_output, base, atol=1e-9)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_exact_radius_is_that_of_the_autograd_jacobian(labelled):
+    model, x = residual(), torch.rand(3, 2, 6, 6, generator=noise(0)).double()
+    y = torch.tensor([0, 2, 1]) if labelled else None
+    report = T.propagation_tightness(model, x, y, eps=0.3)
+    radius = ((x + 0.3).clamp(0, 1) - (x - 0.3).clamp(0, 1)) / 2
+    for i in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda t: model(t)[0], x[i : i + 1])[:, 0]
+        rows = margin_rows(y[i : i + 1], 3, torch.float64)[0] if labelled else torch.eye(3).double()
+        expected = (torch.einsum("rk,k...->r...", rows, jacobian).abs() * radius[i]).flatten(1).sum(1)
+        assert torch.allclose(report.optimal_radius[i], expected, rtol=1e-9)
+
+
+def test_both_radii_of_a_relu_net_from_explicit_matrices():
+    w1, w2, w3 = gaussian(5, 9, 7, 3, seed=2)
+    model, x = linear(w1, w2, w3, relu=True), torch.randn(1, 5, generator=noise(0)).double()
+    d1 = torch.diag((w1 @ x[0] >= 0).double())
+    d2 = torch.diag((w2 @ d1 @ w1 @ x[0] >= 0).double())
+    rows = margin_rows(torch.tensor([1]), 3, torch.float64)[0]
+    report = tau(model, x, target=torch.tensor([1]))
+    assert torch.allclose(report.optimal_radius[0], 0.1 * (rows @ w3 @ d2 @ w2 @ d1 @ w1).abs().sum(1))
+    assert torch.allclose(report.ibp_radius[0], 0.1 * ((rows @ w3).abs() @ d2 @ w2.abs() @ d1 @ w1.abs()).sum(1))
+    first, second, whole = (value for _, value in report.per_layer_prefix)
+    assert first == pytest.approx(1.0)
+    assert second == pytest.approx(((w2 @ d1 @ w1).abs().sum(1) / (w2.abs() @ d1 @ w1.abs()).sum(1)).nanmean().item())
+    assert whole == report.mean
+    identity = tau(model, x, pattern=None)
+    assert torch.allclose(identity.ibp_radius[0], 0.1 * (w3.abs() @ w2.abs() @ w1.abs()).sum(1))
+
+
+def test_inside_one_linear_region_radii_are_the_true_ones_and_ibps():
+    w1, w2 = gaussian(6, 8, 3, seed=4)
+    model, x, eps = linear(w1, w2, relu=True), torch.randn(1, 6, generator=noise(5)).double(), 1e-3
+    corners = x + eps * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=6))).double()
+    assert ((w1 @ corners.T > 0) == (w1 @ x.T > 0)).all()
+    outputs = model(corners)
+    report = tau(model, x, eps=eps)
+    assert torch.allclose(report.optimal_radius[0], (outputs.amax(0) - outputs.amin(0)) / 2)
+    box = propagate(Program(model), Box(x - eps, x + eps)).output
+    assert torch.allclose(report.ibp_radius, box.radius)
+
+
+def test_unstable_neurons_count_by_the_pattern_and_not_by_the_interval():
+    """The interval radius of the ReLU net is a planted mistake: where signs are open it is another number."""
+    w1, w2 = gaussian(6, 8, 3, seed=4)
+    model, x = linear(w1, w2, relu=True), torch.randn(1, 6, generator=noise(5)).double()
+    box = propagate(Program(model), Box(x - 1, x + 1)).output
+    assert not torch.allclose(tau(model, x, eps=1.0).ibp_radius, box.radius, rtol=0.05)
+
+
+@pytest.mark.parametrize(("hidden", "expected", "room"), [(1, 0.155, 0.005), (2, 0.0245, 0.002), (3, 0.0038, 0.0005)])
+def test_tightness_at_initialisation(hidden, expected, room):
+    sizes = (10, *(64,) * hidden, 10)
+    x = torch.zeros(1, 10).double()
+    mean = sum(tau(linear(*gaussian(*sizes, seed=s)), x, prefix_rows=0).mean for s in range(100)) / 100
+    assert abs(mean - expected) < room
+    assert T.expected_init_tightness(sizes) == pytest.approx(mean, rel=0.08)
+
+
+def test_expected_widths():
+    assert T.expected_init_tightness((3, 64, 2)) == pytest.approx(0.1567, abs=1e-4)
+    assert T.expected_init_tightness((3, 256, 2)) == pytest.approx(0.0783, abs=1e-4)
+
+
+def test_propagation_invariance_is_tau_one():
+    assert T.is_propagation_invariant(torch.eye(2), torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    draw, exact = noise(0), 0
+    for _ in range(1000):
+        o, h, i = (int(torch.randint(1, 5, (), generator=draw)) for _ in range(3))
+        w2, w1 = (torch.randint(-1, 2, s, generator=draw).double() for s in ((o, h), (h, i)))
+        product, bound = (w2 @ w1).abs().sum(1), (w2.abs() @ w1.abs()).sum(1)
+        assert T.invariant_rows(w1, w2).tolist() == (product == bound).tolist()
+        assert T.is_propagation_invariant(w1, w2) == bool((product == bound).all())
+        exact += T.is_propagation_invariant(w1, w2)
+    assert 100 < exact < 900
+
+
+def test_autoencoder_pays_for_information():
+    x = torch.randn(1000, 400, generator=noise(0))
+    report = T.linear_autoencoder_ibp(x, 16, 0.01)
+    assert report.ibp_radius / 0.01 == pytest.approx(2 * 16 / math.pi, rel=0.05)
+    assert report.optimal_radius / 0.01 == pytest.approx(math.sqrt(2 * 16 / math.pi), rel=0.05)
+    full = T.linear_autoencoder_ibp(x[:, :20], 20, 0.01)
+    assert full.optimal_radius == pytest.approx(0.01)
+    assert full.reconstruction_error < 1e-12 < report.reconstruction_error
+    assert full.tightness < report.tightness
+
+
+def test_regulariser_is_the_log_of_the_report_and_trains():
+    model, x, y = residual(), torch.rand(4, 2, 6, 6, generator=noise(0)).double(), torch.tensor([0, 1, 2, 0])
+    regulariser = T.TightnessRegularizer(0.05)
+    report = T.propagation_tightness(model, x, y, eps=0.05)
+    before = regulariser(model, x, y)
+    assert before.item() == pytest.approx(-report.per_output.log().mean().item())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        regulariser(model, x, y).backward()
+        optimizer.step()
+    assert regulariser(model, x, y) < before
+
+
+def test_dead_rows_are_counted_and_not_one():
+    w1, _ = gaussian(3, 4, 2, seed=0)
+    model = linear(w1, torch.tensor([[1.0, 2.0, -1.0, 0.5], [0.0] * 4]))
+    report = tau(model, torch.zeros(1, 3).double())
+    assert report.dead == 1 and report.per_output[0, 1].isnan() and 0 < report.mean < 1
+
+
+def test_modes_and_deep_nets():
+    model, x = residual().train(), torch.rand(3, 2, 6, 6, generator=noise(0)).double()
+    flags = [m.training for m in model.modules()]
+    first = T.propagation_tightness(model, x, eps=0.1)
+    assert flags == [m.training for m in model.modules()]
+    assert first.mean == T.propagation_tightness(model.eval(), x.float(), eps=0.1).mean == pytest.approx(first.mean)
+    deep = linear(*(1e-4 * w for w in gaussian(*(8,) * 13, seed=0))).float()  # radii of 1e-40 underflow in float32
+    assert math.isfinite(tau(deep, torch.zeros(1, 8)).mean)
+
+
+def test_bad_input_is_one_sentence():
+    model, x = linear(*gaussian(3, 4, 2, seed=0)), torch.zeros(2, 3).double()
+    for change, words in (
+        ({"eps": 0.0}, "eps"),
+        ({"pattern": "x"}, "pattern"),
+        ({"target": torch.tensor([0])}, "target"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            tau(model, x, **change)
+    with pytest.raises(UnsupportedOp, match="ReLU"):
+        tau(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), x)
+    with pytest.raises(UnsupportedOp, match="running statistics"):
+        tau(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).double(), x)
+    with pytest.raises(InvalidInput, match="width"):
+        T.linear_autoencoder_ibp(torch.zeros(4, 3), 5, 0.1)
+    with pytest.raises(InvalidInput, match="follow"):
+        T.is_propagation_invariant(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    "factory", [lambda: mlp((1, 8, 8), 10, hidden=(16, 16)), lambda: small_cnn((1, 8, 8), 10, widths=(4, 8))]
+)
+def test_instrument(factory):
+    task = digits(0, sizes=(100, 50, 60)).changed(budget="quick")
+    subject = Subject(seeded_build(factory, noise(0)).eval(), "net", "image", (1, 8, 8), 10)
+    finding = T.IBPTightness().measure(subject, task)
+    assert 0 < finding.value < 1 and finding.n == 32 and len(finding.pictures) == 1
+    check_instrument(T.IBPTightness(), subject, task)
