@@ -10,6 +10,7 @@ from scipy import stats
 from torch import nn
 
 from surefoot.certified import robust_conformal as rc
+from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task, Training
 from surefoot.errors import InvalidInput, Refused
 from surefoot.nn.conformal import conformal_index, conformal_quantile, lac_scores, lac_sets
@@ -460,6 +461,50 @@ def test_the_treatment_trains_under_noise_and_keeps_the_architecture():
         )
     with pytest.raises(Refused, match="batches of at least"):
         fit(net, vector_task(18), Training(epochs=1), [rc.RobustConformalTraining()])
+
+
+# --- the instrument ---------------------------------------------------------------------------------------------------
+
+
+def measured(spread=0.3, **settings):
+    x, y, model = blobs(1300, 11, spread=spread)
+    parts = [Split(x[a:b], y[a:b]) for a, b in ((0, 100), (100, 700), (700, 1300))]
+    task = Task("blobs", *parts, 5, modality="vector", bounds=None)
+    subject = Subject(model, "it", "vector", (12,), 5, bounds=None)
+    return rc.RobustSets(**settings).measure(subject, task), subject, task
+
+
+def test_the_instrument_reports_size_and_coverage_with_and_without_attack():
+    finding, _, _ = measured(eps=0.25, sigma=0.5)
+    assert finding.unit == "labels"
+    assert finding.better == "lower"
+    assert finding.value == pytest.approx(finding.samples.mean())
+    assert 1.0 <= finding.value <= 3.0
+    clean, attacked, naive = finding.parts
+    floor = 0.9 - 3 * math.sqrt(0.09 / 150 + 0.09 / 352)
+    assert clean.value >= floor
+    assert attacked.value >= floor
+    assert naive.value < attacked.value
+    counts = finding.pictures[0].figure["data"][0]["y"]
+    assert sum(counts) == finding.n == 150
+    assert np.average(np.arange(6), weights=counts) == pytest.approx(finding.value)
+    assert finding.details["holdout"] + finding.details["calibration"] == 550
+    assert finding.fix == ("robust_conformal",)
+    assert finding.warnings == ()
+
+
+def test_the_instrument_warns_of_sets_that_say_nothing():
+    finding, subject, task = measured(eps=3.0, sigma=6.0, num_samples=32)
+    assert any("say nothing" in w for w in finding.warnings)
+    few = task.changed(valid=task.valid.take(slice(0, 12)))
+    short = rc.RobustSets(num_samples=16).measure(subject, few)
+    assert short.value == 5.0
+    assert any("no finite threshold" in w for w in short.warnings)
+    assert rc.RobustSets().unfit(subject, task.changed(valid=Split(task.valid.x))) is not None
+    with pytest.raises(InvalidInput, match="eps"):
+        rc.RobustSets(eps=0.0)
+    with pytest.raises(InvalidInput, match="2 beta"):
+        rc.RobustSets(beta=0.05)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -26,10 +26,12 @@ Sesia & Candes 2020, arXiv 2006.02544. Conformal training: Stutz et al. 2022, ar
 
 from surefoot.certified.robust_conformal.attack import smooth_pgd
 from surefoot.certified.robust_conformal.classifier import ConformalReport, RobustConformalClassifier
+from surefoot.certified.robust_conformal.instrument import RobustSets
 from surefoot.certified.robust_conformal.scores import (
     PostTrainingTransform,
     SmoothedScores,
     aps_score,
+    average_scores,
     hps_score,
     noisy_probabilities,
     smooth_scores,
@@ -57,8 +59,10 @@ __all__ = [
     "RobustConformalClassifier",
     "RobustConformalLoss",
     "RobustConformalTraining",
+    "RobustSets",
     "SmoothedScores",
     "aps_score",
+    "average_scores",
     "bernstein_slack",
     "calibrate",
     "hoeffding_slack",

@@ -134,16 +134,22 @@ def smooth_scores(
     check_choice("score", score, ("hps", "aps"))
     check(probs.dim() == 3 and probs.shape[1] > 0, f"probs must be [N, n, K], got {list(probs.shape)}.")
     step = max(1, MEMORY // max(probs[0].numel(), 1))
-    means, variances = [], []
+    parts = []
     for start in range(0, len(probs), step):
         part = probs[start : start + step].double()
         scores = (
             hps_score(part) if score == "hps" else aps_score(part, _uniform(u, len(probs))[start : start + step, None])
         )
         scores = scores if transform is None else transform(scores)
-        means.append(scores.mean(1))
-        variances.append(scores.var(1) if scores.shape[1] > 1 else torch.zeros_like(means[-1]))
-    return SmoothedScores(torch.cat(means), torch.cat(variances), probs.shape[1])
+        parts.append(average_scores(scores))
+    mean, variance = torch.cat([p.mean for p in parts]), torch.cat([p.variance for p in parts])
+    return SmoothedScores(mean, variance, probs.shape[1])
+
+
+def average_scores(scores: Tensor) -> SmoothedScores:  # float64 [N, n, K]
+    """Mean and unbiased variance over the draws."""
+    mean = scores.mean(1)
+    return SmoothedScores(mean, scores.var(1) if scores.shape[1] > 1 else torch.zeros_like(mean), scores.shape[1])
 
 
 def true_label(scores: Tensor, y: Tensor) -> Tensor:  # [..., K], int64 [...] -> [...]
