@@ -7,6 +7,7 @@ only the second they hide pose errors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -163,7 +164,7 @@ def _alpha_in_front(scene: GaussianScene, camera: Camera, limit: Tensor, slabs: 
     z = (splats.means @ camera.w2c[:3, :3].mT + camera.w2c[:3, 3])[:, 2]
     edges = limit.flatten().quantile(torch.linspace(0, 1, slabs + 1, dtype=limit.dtype))
     result = torch.zeros_like(limit)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         near = z < (low + high) / 2
         here = (limit >= low) & (limit <= high)
         if bool(near.any()) and bool(here.any()):

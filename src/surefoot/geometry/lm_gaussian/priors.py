@@ -108,3 +108,11 @@ class VideoEnhancePrior(Protocol):
     def enhance(
         self, frames: Tensor, depths: Tensor, cameras: Sequence[Camera], *, strength: float, generator: torch.Generator
     ) -> Tensor: ...  # [F, H, W, 3]
+
+
+def all_pairs(n: int, window: int = 24) -> list[tuple[int, int]]:
+    """Both orders of every pair; beyond `window` photos only neighbours, around the loop."""
+    if n <= window:
+        return [(i, j) for i in range(n) for j in range(n) if i != j]
+    near = {(i, (i + step) % n) for i in range(n) for step in range(1, 4)}
+    return sorted(near | {(j, i) for i, j in near})

@@ -142,11 +142,3 @@ class OracleMonoPrior:
         normal = self.views[index].normal
         noise = torch.stack([correlated_noise(normal.shape[:2], 8, g) for _ in range(3)], -1)
         return F.normalize(normal + self.normal_noise * noise, dim=-1)
-
-
-def all_pairs(n: int, window: int = 24) -> list[tuple[int, int]]:
-    """Both orders of every pair; beyond `window` photos only neighbours, around the loop."""
-    if n <= window:
-        return [(i, j) for i in range(n) for j in range(n) if i != j]
-    near = {(i, (i + step) % n) for i in range(n) for step in range(1, 4)}
-    return sorted(near | {(j, i) for i, j in near})
