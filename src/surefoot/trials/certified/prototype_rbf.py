@@ -202,8 +202,8 @@ EMBEDDED = Setup(
         "positive_5": Arm(cbc("positive", 5), HEAD_GRID, system=True),
         "prior_10": Arm(cbc("prior", 10), HEAD_GRID, system=True),
         "positive_10": Arm(cbc("positive", 10), HEAD_GRID, system=True),
-        "glvq": Arm(glvq, {"lr": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)}, system=True),
-        "linear_svm": Arm(linear_svm, {"strength": (0.003, 0.01, 0.03, 0.1, 1.0, 10.0)}, system=True),
+        "glvq": Arm(glvq, {"lr": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)}, system=True),
+        "linear_svm": Arm(linear_svm, {"strength": (0.0003, 0.001, 0.003, 0.01, 0.1, 1.0)}, system=True),
         "nearest_neighbour": Arm(nearest_neighbour, system=True),
     },
     claims=(
