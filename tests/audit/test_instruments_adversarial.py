@@ -32,7 +32,7 @@ def test_headline_parts_and_pictures(trained):
     found = AdversarialAccuracy(eps=0.06).measure(subject, task)
     clean, *after = found.parts
     assert clean.name == "clean"
-    assert [part.name for part in after] == ["after apgd-ce", "after apgd-t", "after square"]
+    assert [part.name for part in after] == ["after apgd-ce", "after apgd-t", "after fab-t", "after square"]
     values = [part.value for part in found.parts]
     assert values == sorted(values, reverse=True)
     assert found.value == values[-1]
@@ -50,7 +50,6 @@ def test_headline_parts_and_pictures(trained):
     assert all(caption.startswith("taken for") for caption in images.captions[1::2])
     assert found.fix == ("fast_ibp",)
     assert found.warnings == ()
-    assert "FAB-T was left out." in found.details["notes"]
     assert found.cost.passes is not None
     assert found.cost.passes > 1000
 
@@ -89,9 +88,19 @@ class Masked(nn.Module):
 def test_masked_gradients_are_warned_of(trained):
     subject, task = trained
     found = AdversarialAccuracy(eps=0.1).measure(subject.with_model(Masked(subject.model)), task)
+    assert found.warnings[0].startswith("Do not believe this accuracy")
     assert any("exactly zero" in warning for warning in found.warnings)
     assert any("Random search beats" in warning for warning in found.warnings)
     assert found.details["masking"]["zero_gradient"]["suspicious"]
+
+
+def test_gradients_of_a_stand_in_see_through_the_mask(trained):
+    subject, task = trained
+    masked = subject.with_model(Masked(subject.model))
+    naive = AdversarialAccuracy(eps=0.06).measure(masked, task)
+    seen = AdversarialAccuracy(eps=0.06, attack_target=subject.model).measure(masked, task)
+    assert seen.value < naive.value
+    assert any("stand-in" in note for note in seen.details["notes"])
 
 
 class Noisy(nn.Module):

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surefoot.errors import check_at_least, check_choice
+from surefoot.errors import check_choice
 from surefoot.nn.attacks.apgd import apgd
 from surefoot.nn.attacks.ball import Bounds, Norm
-from surefoot.nn.attacks.run import AttackResult, Model, check_inputs, default_generator
+from surefoot.nn.attacks.run import AttackResult, Model, check_attack, default_generator
 from surefoot.nn.attacks.square import square
 from surefoot.nn.attacks.suite import Cascade, Decision, SuiteResult, decide, is_random
 
@@ -47,8 +47,7 @@ def adaptive_suite(
     generator: torch.Generator | None = None,
 ) -> SuiteResult:
     """The five stages in cascade; `survivors` names them. A pipeline that draws no random numbers is judged by one pass."""
-    check_inputs(x, y, eps, norm, bounds)
-    check_at_least("restarts", restarts, 1)
+    check_attack(x, y, eps, norm, bounds, steps=steps, restarts=restarts)
     check_choice("decision", decision, ("majority", "mean"))
     generator, x = default_generator(generator), x.detach()
     random = is_random(pipeline, x[: min(len(x), 16)], generator)
@@ -67,7 +66,7 @@ def adaptive_suite(
         return apgd(pipeline, x[index], y[index], steps=count, eot=eot, loss=loss, start=start, **shared)
 
     def transfer(index: Tensor, part: Model, points: Tensor) -> AttackResult:
-        found = apgd(part, x[index], y[index], steps=steps, loss=loss, early_stop=False, **shared)
+        found = apgd(part, x[index], y[index], steps=steps, loss=loss, early_stop=False, keep="strongest", **shared)
         points[index] = found.x
         return found
 

@@ -16,16 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surefoot.errors import check, check_at_least
+from surefoot.errors import check
 from surefoot.nn.attacks.ball import Ball, Bounds, Norm
 from surefoot.nn.attacks.losses import Loss, get_loss, loss_note
 from surefoot.nn.attacks.run import (
     AttackResult,
+    Keep,
     Mode,
     Model,
     attacking,
+    check_attack,
     check_gradient,
-    check_inputs,
     default_generator,
     loss_and_gradient,
     piece_size,
@@ -34,9 +35,7 @@ from surefoot.nn.attacks.run import (
 
 MOMENTUM = 0.75
 RAISED = 0.75  # share of loss-raising steps below which eta is halved
-SHRINK_AT = (
-    0.1  # share of broken examples at which the batch is made smaller; copying the state at each step would cost more
-)
+SHRINK_AT = 0.1  # share of broken examples at which the batch is made smaller; copying at each step would cost more
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -94,110 +93,138 @@ def apgd(
     eps: float = 8 / 255,
     norm: Norm = "linf",
     steps: int = 100,
+    restarts: int = 1,
     loss: str | Loss = "ce",
     target: Tensor | None = None,  # int64 [B]: use the targeted DLR loss towards these classes
     bounds: Bounds = (0.0, 1.0),
-    random_start: bool = True,
-    start: Tensor | None = None,  # [B, ...]
+    random_start: bool = True,  # restarts after the first begin at random in any case
+    start: Tensor | None = None,  # [B, ...]: where the first one begins
     early_stop: bool = True,
+    keep: Keep = "first",
     mode: Mode = "eval",
     eot: int = 1,
-    record: bool = False,  # fill AttackResult.history; needs early_stop=False
+    record: bool = False,  # fill AttackResult.history; needs early_stop=False and one restart
     generator: torch.Generator | None = None,
 ) -> AttackResult:
-    """One APGD run of `steps` steps. Targeted or not, an example is broken when its prediction is not `y`.
+    """The strongest of `restarts` runs of `steps` steps. Targeted or not, an example is broken when its prediction is not `y`.
 
-    `eot`, `start` and callable losses as in `pgd`.
+    `eot`, `keep`, `start` and callable losses as in `pgd`.
     """
-    check_inputs(x, y, eps, norm, bounds)
-    check_at_least("steps", steps, 1)
-    check_at_least("eot", eot, 1)
-    check(start is None or start.shape == x.shape, "start must have the shape of x.")
-    check(target is None or (target.shape == y.shape and target.dtype == torch.int64), "target must be int64 like y.")
-    check(not (record and early_stop), "record=True needs early_stop=False, so that every example takes every step.")
+    check_attack(
+        x, y, eps, norm, bounds, steps=steps, restarts=restarts, eot=eot, start=start, target=target, keep=keep
+    )
+    check(not record or (not early_stop and restarts == 1), "record=True needs early_stop=False and one restart, so that every example takes every step.")  # fmt: skip
     generator, x = default_generator(generator), x.detach()
-    early_stop = early_stop and eot == 1
-    ball = Ball.around(x, eps, norm, bounds)
-    if start is not None:
-        point = ball.project(start.detach())
-    else:
-        point = ball.sample(generator) if random_start and eps > 0 else x.clone()
-    function = get_loss(loss)
-    best, best_loss, broken = x.clone(), x.new_full((len(x),), -torch.inf), torch.zeros_like(y, dtype=torch.bool)
-    passes, trace = 0, []
-    marks = checkpoints(steps)
-
+    function, first = get_loss(loss), eot == 1 and keep == "first"
     piece = piece_size(x, mode) if isinstance(loss, str) else len(x)
+    whole = Ball.around(x, eps, norm, bounds)
+    best, best_loss, broken = x.clone(), x.new_full((len(x),), -torch.inf), torch.zeros_like(y, dtype=torch.bool)
+    passes, notes, history = 0, (), None
     with attacking(model, mode, generator, x.device):
-        scores, value, gradient = loss_and_gradient(
-            model, point, y, function, eot, goal=target, gradient=eps > 0, first=True, piece=piece
-        )
-        passes += eot * len(x)
-        notes = loss_note(loss, scores.shape[1]) if target is None else _targeted_note(scores.shape[1])
-        fooled = wrong(scores, y)
-        if eps == 0:
-            return AttackResult(x.clone(), fooled, value, passes, notes)
-        if not bool(fooled.all()):
-            check_gradient(gradient)
-        flat = (len(x), *[1] * (x.dim() - 1))
-        state = _State(
-            torch.arange(len(x), device=x.device), y, target, point, point, gradient, value, point, gradient, value, value,
-            x.new_full(flat, 2.0 * eps), torch.zeros_like(y), torch.ones_like(broken),
-        )  # fmt: skip
-        if eot == 1:
-            _record(state, point, value, fooled, best, best_loss, broken)
-        else:
-            broken = fooled
-        trace.append(value)
-        last = 0
-        for step in range(1, steps + 1):
-            if early_stop:
-                gone = broken[state.index]
-                count = int(gone.sum())
-                if count == len(gone):
-                    break
-                if count > SHRINK_AT * len(gone):
-                    alive = (~gone).nonzero()[:, 0]
-                    state.take(alive)
-                    ball = ball.take(alive)
-            ahead = ball.project(state.x + state.eta * ball.direction(state.gradient))
-            if step > 1:
-                ahead = ball.project(
-                    state.x + MOMENTUM * (ahead - state.x) + (1 - MOMENTUM) * (state.x - state.previous)
-                )
-            state.previous, state.x = state.x, ahead
-            scores, value, state.gradient = loss_and_gradient(
-                model, ahead, state.y, function, eot, goal=state.target, gradient=step < steps, piece=piece
-            )
-            passes += eot * len(ahead)
-            state.raised = state.raised + (value > state.loss)
-            state.loss = value
-            better = value > state.best_loss
-            wide = better.view(state.eta.shape)
-            state.best_x = torch.where(wide, ahead, state.best_x)
-            state.best_loss = torch.where(better, value, state.best_loss)
-            if step < steps:
-                state.best_gradient = torch.where(wide, state.gradient, state.best_gradient)
-            fooled = wrong(scores, state.y)
-            if eot == 1:
-                _record(state, ahead, value, fooled, best, best_loss, broken)
+        for restart in range(restarts if eps > 0 else 1):
+            alive = ~broken if early_stop and first else torch.ones_like(broken)
+            index = alive.nonzero()[:, 0]
+            if len(index) == 0:
+                break
+            ball = whole if len(index) == len(x) else whole.take(index)
+            if start is not None and restart == 0:
+                point = ball.project(start.detach()[index])
             else:
-                broken = torch.where(better, fooled, broken)
+                point = ball.sample(generator) if (random_start or restart > 0) and eps > 0 else ball.centre.clone()
+            goal = None if target is None else target[index]
+            found = _run(model, ball, point, y[index], goal, function, steps, eot, piece, early_stop and first, first, record)  # fmt: skip
+            passes, history, classes = passes + found.passes, found.history, found.classes
+            notes = loss_note(loss, classes) if target is None else _targeted_note(classes)
+            better = found.loss > best_loss[index]
+            if first:
+                better = (better | found.broken) & ~broken[index]
+            hit = better.nonzero()[:, 0]
+            at = index[hit]
+            best[at], best_loss[at], broken[at] = found.x[hit], found.loss[hit], found.broken[hit]
+    return AttackResult(best, broken, best_loss, passes, notes, history)
+
+
+@dataclass(frozen=True)
+class _Found:
+    x: Tensor
+    broken: Tensor
+    loss: Tensor
+    passes: int
+    classes: int
+    history: Tensor | None
+
+
+def _run(
+    model: Model,
+    ball: Ball,
+    point: Tensor,  # [B, ...] where to begin
+    y: Tensor,
+    target: Tensor | None,
+    function: Loss,
+    steps: int,
+    eot: int,
+    piece: int,
+    drop: bool,  # broken examples leave
+    first: bool,  # keep the first misclassified point, else the one of highest loss
+    record: bool,
+) -> _Found:
+    eps, n = ball.eps, len(y)
+    scores, value, gradient = loss_and_gradient(
+        model, point, y, function, eot, goal=target, gradient=eps > 0, first=True, piece=piece
+    )
+    passes, classes, fooled = eot * n, scores.shape[1], wrong(scores, y)
+    if eps == 0:
+        return _Found(ball.centre.clone(), fooled, value, passes, classes, None)
+    if not bool(fooled.all()):
+        check_gradient(gradient)
+    best, best_loss, broken = point.clone(), value.clone(), fooled
+    state = _State(
+        torch.arange(n, device=y.device), y, target, point, point, gradient, value, point, gradient, value, value,
+        point.new_full((n, *[1] * (point.dim() - 1)), 2.0 * eps), torch.zeros_like(y), torch.ones_like(broken),
+    )  # fmt: skip
+    trace, marks, last = [value], checkpoints(steps), 0
+    for step in range(1, steps + 1):
+        if drop:
+            gone = broken[state.index]
+            count = int(gone.sum())
+            if count == len(gone):
+                break
+            if count > SHRINK_AT * len(gone):
+                alive = (~gone).nonzero()[:, 0]
+                state.take(alive)
+                ball = ball.take(alive)
+        ahead = ball.project(state.x + state.eta * ball.direction(state.gradient))
+        if step > 1:
+            moved = torch.lerp(state.x, ahead, MOMENTUM)
+            ahead = ball.project(moved.add_(state.x - state.previous, alpha=1 - MOMENTUM))
+        state.previous, state.x = state.x, ahead
+        scores, value, state.gradient = loss_and_gradient(
+            model, ahead, state.y, function, eot, goal=state.target, gradient=step < steps, piece=piece
+        )
+        passes += eot * len(ahead)
+        state.raised = state.raised + (value > state.loss)
+        state.loss = value
+        better = value > state.best_loss
+        wide = better.view(state.eta.shape)
+        state.best_x = torch.where(wide, ahead, state.best_x)
+        state.best_loss = torch.where(better, value, state.best_loss)
+        if step < steps:
+            state.best_gradient = torch.where(wide, state.gradient, state.best_gradient)
+        fooled = wrong(scores, state.y)
+        if first:
+            new = (fooled & ~broken[state.index]).nonzero()[:, 0]
+            at = state.index[new]
+            best[at], best_loss[at], broken[at] = ahead[new], value[new], True
+        else:
+            broken = torch.where(better, fooled, broken)
+        if record:
             trace.append(state.best_loss)
-            if step in marks and step < steps:
-                state.look(step - last)
-                last = step
-    rest = ~broken[state.index] if eot == 1 else torch.ones_like(broken[state.index])
+        if step in marks and step < steps:
+            state.look(step - last)
+            last = step
+    rest = ~broken[state.index] if first else torch.ones_like(broken[state.index])
     best[state.index[rest]], best_loss[state.index[rest]] = state.best_x[rest], state.best_loss[rest]
-    return AttackResult(best, broken, best_loss, passes, notes, torch.stack(trace) if record else None)
-
-
-def _record(state: _State, point: Tensor, value: Tensor, fooled: Tensor, best: Tensor, best_loss: Tensor, broken: Tensor) -> None:  # fmt: skip
-    """Store the first misclassified point of each example; the last three are changed in place."""
-    new = (fooled & ~broken[state.index]).nonzero()[:, 0]
-    if len(new):
-        at = state.index[new]
-        best[at], best_loss[at], broken[at] = point[new], value[new], True
+    return _Found(best, broken, best_loss, passes, classes, torch.stack(trace) if record else None)
 
 
 def _targeted_note(num_classes: int) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
     cross-entropy   -log softmax(z)_y
     margin          max_{k != y} z_k - z_y                                   > 0 exactly where the example is misclassified
     DLR             -(z_y - max_{k != y} z_k) / (z_pi1 - z_pi3 + 1e-12)       pi sorts z in descending order
+    difference      z_t - z_y
     targeted DLR    -(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2 + 1e-12)
 
 DLR (Croce & Hein, 2020, arXiv 2003.01690) does not change when logits are shifted or scaled, so that it has gradients where
@@ -19,6 +20,7 @@ from torch import Tensor
 from surefoot.errors import check_choice
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [B, K], y int64 [B]) -> [B]
+TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # and a class to go to, int64 [B]
 _EPS = 1e-12  # keeps 0 / 0 of constant logits at 0
 
 
@@ -51,17 +53,26 @@ def dlr(
     return (other - _pick(logits, y)) / (top[:, 0] - top[:, 2] + _EPS)
 
 
+def difference(
+    logits: Tensor,  # [B, K]
+    y: Tensor,  # int64 [B]
+    target: Tensor,  # int64 [B]
+) -> Tensor:  # [B]
+    """How far class `target` leads the true one."""
+    return _pick(logits, target) - _pick(logits, y)
+
+
 def targeted_dlr(
     logits: Tensor,  # [B, K]
     y: Tensor,  # int64 [B]
     target: Tensor,  # int64 [B]
 ) -> Tensor:  # [B]
     """Difference of logits ratio towards `target`; the plain difference z_t - z_y with fewer than four classes."""
-    difference = _pick(logits, target) - _pick(logits, y)
+    lead = difference(logits, y, target)
     if logits.shape[1] < 4:
-        return difference
+        return lead
     top = logits.topk(4).values
-    return difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _EPS)
+    return lead / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _EPS)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}

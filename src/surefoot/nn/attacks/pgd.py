@@ -12,16 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surefoot.errors import check, check_at_least, check_positive
+from surefoot.errors import check_positive
 from surefoot.nn.attacks.ball import Ball, Bounds, Norm
 from surefoot.nn.attacks.losses import Loss, get_loss, loss_note
 from surefoot.nn.attacks.run import (
     AttackResult,
+    Keep,
     Mode,
     Model,
     attacking,
+    check_attack,
     check_gradient,
-    check_inputs,
     default_generator,
     loss_and_gradient,
     piece_size,
@@ -44,6 +45,7 @@ def pgd(
     random_start: bool = True,
     start: Tensor | None = None,  # [B, ...]: begin the first restart here, e.g. at another attack's points
     early_stop: bool = True,
+    keep: Keep = "first",  # "strongest": the point of highest loss, for transfer to another model
     mode: Mode = "eval",
     eot: int = 1,
     generator: torch.Generator | None = None,
@@ -52,15 +54,12 @@ def pgd(
 
     With `eot` > 1 each gradient is the mean over that many draws of a random model; an example then counts as broken
     when the mean probabilities at its highest-loss iterate are wrong (stopping at the first wrong draw would find
-    "breaks" that the next draw takes back), and nothing is dropped. A callable `loss` that closes over per-example
+    "breaks" that the next draw takes back), and nothing is dropped. The same holds for the loss of one draw with
+    `keep="strongest"`. A callable `loss` that closes over per-example
     tensors needs `early_stop=False`, which keeps the batch whole and in order.
     """
-    check_inputs(x, y, eps, norm, bounds)
-    check_at_least("steps", steps, 1)
-    check_at_least("restarts", restarts, 1)
-    check_at_least("eot", eot, 1)
-    size = _step_size(step_size, eps, steps)
-    check(start is None or start.shape == x.shape, "start must have the shape of x.")
+    check_attack(x, y, eps, norm, bounds, steps=steps, restarts=restarts, eot=eot, start=start, keep=keep)
+    size, first = _step_size(step_size, eps, steps), eot == 1 and keep == "first"
     generator, function = default_generator(generator), get_loss(loss)
     x = x.detach()
     best, best_loss = x.clone(), x.new_full((len(x),), -torch.inf)
@@ -69,7 +68,7 @@ def pgd(
     passes, notes = 0, ()
     with attacking(model, mode, generator, x.device):
         for restart in range(restarts):
-            index = (~broken).nonzero()[:, 0] if early_stop and eot == 1 else torch.arange(len(x), device=x.device)
+            index = (~broken).nonzero()[:, 0] if early_stop and first else torch.arange(len(x), device=x.device)
             if len(index) == 0:
                 break
             ball, labels = Ball.around(x[index], eps, norm, bounds), y[index]
@@ -86,10 +85,10 @@ def pgd(
                     notes = loss_note(loss, scores.shape[1])
                     if eps > 0 and not bool(fooled.all()):
                         check_gradient(gradient)
-                _keep(index, point, value, fooled, best, best_loss, broken, first=eot == 1)
+                _keep(index, point, value, fooled, best, best_loss, broken, first=first)
                 if step == steps or eps == 0:
                     break
-                if early_stop and eot == 1 and bool(fooled.any()):
+                if early_stop and first and bool(fooled.any()):
                     alive = (~fooled).nonzero()[:, 0]
                     if len(alive) == 0:
                         break
@@ -117,8 +116,7 @@ def pgd_train(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # [B, ...]
     """The last iterate after exactly `steps` forward and backward passes: what adversarial training trains on."""
-    check_inputs(x, y, eps, norm, bounds)
-    check_at_least("steps", steps, 1)
+    check_attack(x, y, eps, norm, bounds, steps=steps)
     size = _step_size(step_size, eps, steps)
     generator, function = default_generator(generator), get_loss(loss)
     x = x.detach()

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from surefoot.errors import InvalidInput, Refused, check, check_choice
+from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_choice
 from surefoot.nn.attacks.ball import Bounds, draw
-from surefoot.nn.attacks.losses import Loss, targeted_dlr
+from surefoot.nn.attacks.losses import Loss, TargetedLoss, targeted_dlr
 
 Model = Callable[[Tensor], Tensor]  # an nn.Module or any function from inputs to logits
 Mode = Literal["eval", "train"]
+Keep = Literal["first", "strongest"]
 CACHE_FLOATS = 2**16  # input values in one piece
 
 
@@ -25,7 +26,10 @@ class ZeroGradient(Refused):
 
 @dataclass(frozen=True)
 class AttackResult:
-    """`x` is the first misclassified point found per example, else the one of highest loss."""
+    """`x` is the first misclassified point found per example, else the one of highest loss.
+
+    FAB: the nearest misclassified point, else the input. `keep="strongest"`: the point of highest loss, broken or not.
+    """
 
     x: Tensor  # [B, ...]
     broken: Tensor  # bool [B]
@@ -33,6 +37,7 @@ class AttackResult:
     passes: int  # forward passes of single examples
     notes: tuple[str, ...] = ()
     history: Tensor | None = None  # [steps + 1, B] best loss so far, where it was asked for
+    distance: Tensor | None = None  # [B] size of the smallest change found (FAB)
 
 
 @contextmanager
@@ -87,6 +92,29 @@ def check_inputs(x: Tensor, y: Tensor, eps: float, norm: str, bounds: Bounds) ->
         check(least >= low - 1e-6 and most <= high + 1e-6, f"x must lie within bounds {bounds}, got [{least:.4g}, {most:.4g}]; give bounds= or rescale.")  # fmt: skip
 
 
+def check_attack(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    norm: str,
+    bounds: Bounds,
+    *,
+    steps: int = 1,
+    restarts: int = 1,
+    eot: int = 1,
+    start: Tensor | None = None,
+    target: Tensor | None = None,
+    keep: str = "first",
+) -> None:
+    """The arguments that attacks share."""
+    check_inputs(x, y, eps, norm, bounds)
+    for name, value in (("steps", steps), ("restarts", restarts), ("eot", eot)):
+        check_at_least(name, value, 1)
+    check(start is None or start.shape == x.shape, "start must have the shape of x.")
+    check(target is None or (target.shape == y.shape and target.dtype == torch.int64), "target must be int64 like y.")
+    check_choice("keep", keep, ("first", "strongest"))
+
+
 def check_logits(logits: Tensor, y: Tensor) -> Tensor:
     check(logits.dim() == 2 and len(logits) == len(y), f"The model must return logits [B, K], got {tuple(logits.shape)} for {len(y)} inputs.")  # fmt: skip
     classes = logits.shape[1]
@@ -130,7 +158,8 @@ def loss_and_gradient(
     loss: Loss,
     eot: int = 1,
     *,
-    goal: Tensor | None = None,  # int64 [B]: targeted DLR towards these classes, in place of `loss`
+    goal: Tensor | None = None,  # int64 [B]: the loss `toward` these classes, in place of `loss`
+    toward: TargetedLoss = targeted_dlr,
     gradient: bool = True,
     first: bool = False,
     piece: int | None = None,
@@ -144,7 +173,7 @@ def loss_and_gradient(
         count = -(-len(x) // piece)
         goals = [None] * count if goal is None else goal.chunk(count)
         parts = [
-            loss_and_gradient(model, a, b, loss, eot, goal=c, gradient=gradient, first=first)
+            loss_and_gradient(model, a, b, loss, eot, goal=c, toward=toward, gradient=gradient, first=first)
             for a, b, c in zip(x.chunk(count), y.chunk(count), goals)
         ]
         return tuple(map(torch.cat, zip(*parts)))  # type: ignore[return-value]
@@ -153,7 +182,7 @@ def loss_and_gradient(
         with torch.set_grad_enabled(gradient):
             point = x.detach().requires_grad_(gradient)
             logits = check_logits(model(point), y) if first else model(point)
-            value = loss(logits, y) if goal is None else targeted_dlr(logits, y, goal)
+            value = loss(logits, y) if goal is None else toward(logits, y, goal)
         if gradient:
             if not value.requires_grad:
                 raise ZeroGradient("The model's output has no gradient with respect to its input; attack a differentiable surrogate or use square().")  # fmt: skip

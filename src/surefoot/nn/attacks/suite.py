@@ -2,10 +2,15 @@
 
     robust accuracy = share of examples right on the clean input and under every attack
 
-`standard_suite` is the AutoAttack class (Croce & Hein, 2020, arXiv 2003.01690): APGD-CE, APGD-T towards the classes ranked
-2nd, 3rd, ... by the clean logits, and Square, each on the examples that are still robust. FAB-T, its fourth part, is left
-out, which every result records. `rand_suite` is for models that draw random numbers: APGD-CE and APGD-DLR with gradients
+`standard_suite` is the AutoAttack class (Croce & Hein, 2020, arXiv 2003.01690): APGD-CE, then towards the classes ranked 2nd,
+3rd, ... by the clean logits APGD-T and FAB-T, then Square, each on the examples that are still robust, so that the dearer
+ones see few. `rand_suite` is for models that draw random numbers: APGD-CE and APGD-DLR with gradients
 averaged over `eot` draws, judged over `draws` fresh ones.
+
+`attack_target` names another model to take gradients of: a smooth stand-in for a pipeline that hides its gradients, or a
+separately trained model (transfer). APGD then runs to its highest loss on the target, and `model` judges the points; Square, which needs no
+gradient, queries `model` itself; FAB, whose points lie at the target's own boundary, is left out. The protocol that
+combines both ways is `adaptive_suite`.
 """
 
 from __future__ import annotations
@@ -20,13 +25,14 @@ from torch import Tensor
 from surefoot.errors import check, check_at_least, check_choice
 from surefoot.nn.attacks.apgd import apgd
 from surefoot.nn.attacks.ball import Ball, Bounds, Norm
+from surefoot.nn.attacks.fab import fab
 from surefoot.nn.attacks.run import (
     AttackResult,
     Mode,
     Model,
     ZeroGradient,
     attacking,
-    check_inputs,
+    check_attack,
     check_logits,
     default_generator,
     wrong,
@@ -34,7 +40,8 @@ from surefoot.nn.attacks.run import (
 from surefoot.nn.attacks.square import square
 
 Decision = Literal["single", "majority", "mean"]
-ATTACKS = ("apgd-ce", "apgd-t", "square")
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
+STRAIGHT = "Gradients were taken of another model than the one judged: the accuracy is as good as that stand-in."
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,21 @@ def standard_suite(
     norm: Norm = "linf",
     bounds: Bounds = (0.0, 1.0),
     attacks: Sequence[str] = ATTACKS,
+    attack_target: Model | None = None,
     steps: int = 100,
+    fab_steps: int | None = None,  # as `steps`
     targets: int = 9,
     queries: int = 5000,
+    restarts: int = 1,
     batch_size: int = 256,
     mode: Mode = "eval",
     generator: torch.Generator | None = None,
 ) -> SuiteResult:
-    """The cascade. More `targets` than other classes are cut, and an attack that cannot run is left out; both are noted."""
-    check_inputs(x, y, eps, norm, bounds)
+    """The cascade. More `targets` than other classes are cut, and an attack that cannot run is left out; both are noted.
+
+    A restart repeats every attack on what it left; those of APGD-T go through all targets again.
+    """
+    check_attack(x, y, eps, norm, bounds, steps=steps, restarts=restarts)
     for name in attacks:
         check_choice("attacks", name, ATTACKS)
     check_at_least("batch_size", batch_size, 1)
@@ -86,26 +99,35 @@ def standard_suite(
     generator, x = default_generator(generator), x.detach()
     logits = _logits(model, x, y, mode, generator, batch_size)
     classes, order = logits.shape[1], logits.argsort(dim=1, descending=True, stable=True)
-    state = Cascade(x, y, ~wrong(logits, y), batch_size)
+    judge = None if attack_target is None else _single_judge(model, mode, generator, batch_size)
+    state = Cascade(x, y, ~wrong(logits, y), batch_size, judge)
     state.passes += len(x)
-    state.note("FAB-T was left out.")
     if mode == "train":
         state.note("The model was attacked in training mode.")
+    if "fab-t" not in attacks or attack_target is not None:
+        state.note("FAB-T was left out.")
+    if attack_target is not None:
+        state.note(STRAIGHT)
+    if {"apgd-t", "fab-t"} & set(attacks) and targets > classes - 1:
+        state.note(f"{targets} targets were asked for; there are only {classes - 1} other classes.")
+    gradient_of = model if attack_target is None else attack_target
+    keep = {"keep": "first" if attack_target is None else "strongest", "early_stop": attack_target is None}
     shared = {"eps": eps, "norm": norm, "bounds": bounds, "mode": mode, "generator": generator}
+    untargeted: list[Tensor | None] = [None]
+    goals = [order[:, rank] for rank in range(1, min(targets, classes - 1) + 1)]
     for name in attacks if eps > 0 else ():
-        starts = Ball.around(x, eps, norm, bounds).sample(generator) if name.startswith("apgd") else x
-        if name == "apgd-ce":
-            state.run(name, lambda i: apgd(model, x[i], y[i], steps=steps, start=starts[i], **shared))  # noqa: B023
-        elif name == "apgd-t":
-            if targets > classes - 1:
-                state.note(f"{targets} targets were asked for; there are only {classes - 1} other classes.")
-            for rank in range(1, min(targets, classes - 1) + 1):
-                goal = order[:, rank]
-                state.run(name, lambda i: apgd(model, x[i], y[i], steps=steps, target=goal[i], start=starts[i], **shared))  # noqa: B023  # fmt: skip
-        elif norm == "l2" and (x.dim() != 4 or min(x.shape[2:]) < 5):
-            state.note("Square was left out: in L2 it needs images of at least 5 x 5.")
-        else:
-            state.run(name, lambda i: square(model, x[i], y[i], queries=queries, **shared))
+        for restart in range(restarts):
+            if name.startswith("apgd"):
+                starts = Ball.around(x, eps, norm, bounds).sample(generator)
+                for goal in untargeted if name == "apgd-ce" else goals:
+                    state.run(name, lambda i: apgd(gradient_of, x[i], y[i], steps=steps, target=_at(goal, i), start=starts[i], **keep, **shared))  # noqa: B023  # fmt: skip
+            elif name == "fab-t" and attack_target is None:
+                for aim in goals:
+                    state.run(name, lambda i: fab(model, x[i], y[i], steps=fab_steps or steps, target=aim[i], random_start=restart > 0, **shared))  # noqa: B023  # fmt: skip
+            elif name == "square" and norm == "l2" and (x.dim() != 4 or min(x.shape[2:]) < 5):
+                state.note("Square was left out: in L2 it needs images of at least 5 x 5.")
+            elif name == "square":
+                state.run(name, lambda i: square(model, x[i], y[i], queries=queries, **shared))
     return state.result()
 
 
@@ -117,9 +139,11 @@ def rand_suite(
     eps: float = 8 / 255,
     norm: Norm = "linf",
     bounds: Bounds = (0.0, 1.0),
+    attack_target: Model | None = None,
     steps: int = 100,
     eot: int = 20,
     draws: int = 10,
+    restarts: int = 1,
     decision: Decision = "majority",
     batch_size: int = 256,
     mode: Mode = "eval",
@@ -130,23 +154,23 @@ def rand_suite(
     Clean and attacked predictions are both made by `decision` over `draws` fresh draws. `clean_error` is the standard
     error over those draws of the accuracy of one draw.
     """
-    check_inputs(x, y, eps, norm, bounds)
+    check_attack(x, y, eps, norm, bounds, steps=steps, restarts=restarts, eot=eot)
     check_choice("decision", decision, ("majority", "mean"))
     check_at_least("draws", draws, 2)
     generator, x = default_generator(generator), x.detach()
     _logits(model, x[:1], y[:1], mode, generator, 1)
-    judge: Callable[[Tensor, Tensor], Tensor] = lambda at, labels: decide(  # noqa: E731
-        model, at, draws=draws, decision=decision, mode=mode, generator=generator, batch_size=batch_size
-    )[0].ne(labels)
-    answer, votes = decide(
-        model, x, draws=draws, decision=decision, mode=mode, generator=generator, batch_size=batch_size
-    )
+    poll = {"draws": draws, "decision": decision, "mode": mode, "generator": generator, "batch_size": batch_size}
+    answer, votes = decide(model, x, **poll)
     right = (votes == y).double().mean(1)
-    state = Cascade(x, y, answer == y, batch_size, judge, draws)
+    state = Cascade(x, y, answer == y, batch_size, lambda at, labels: decide(model, at, **poll)[0].ne(labels), draws)
     state.passes += draws * len(x)
+    if attack_target is not None:
+        state.note(STRAIGHT)
+    gradient_of = model if attack_target is None else attack_target
     shared = {"eps": eps, "norm": norm, "bounds": bounds, "mode": mode, "generator": generator, "eot": eot, "steps": steps}  # fmt: skip
     for loss in ("ce", "dlr") if eps > 0 else ():
-        state.run(f"apgd-{loss}", lambda i: apgd(model, x[i], y[i], loss=loss, **shared))  # noqa: B023
+        for _ in range(restarts):
+            state.run(f"apgd-{loss}", lambda i: apgd(gradient_of, x[i], y[i], loss=loss, keep="strongest", **shared))  # noqa: B023  # fmt: skip
     error = (right.std() / draws**0.5).item()
     return state.result(decision=decision, draws=draws, clean_error=error)
 
@@ -231,6 +255,14 @@ def decide(
             total = mark if total is None else total + mark
     assert total is not None
     return total.argmax(1), torch.stack(votes)
+
+
+def _at(goal: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if goal is None else goal[index]
+
+
+def _single_judge(model: Model, mode: Mode, generator: torch.Generator, batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
+    return lambda at, labels: wrong(_logits(model, at, labels, mode, generator, batch_size), labels)
 
 
 @torch.no_grad()
