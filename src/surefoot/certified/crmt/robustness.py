@@ -114,6 +114,7 @@ def published_radius(
     return numerator / (reach[:, y] + reach[:, rival]).square().sum(0).sqrt()
 
 
+@torch.no_grad()
 def multimodal_radius(
     model: nn.Module,
     x: Tensor,  # packed [B, n]
@@ -141,7 +142,7 @@ def multimodal_radius(
     tight = lipschitz.encoders is not None if tight_pairs is None else tight_pairs
     if tight and lipschitz.encoders is None:
         raise Refused('tight_pairs needs the encoders\' constants; use estimate_lipschitz(..., method="product").')
-    with torch.no_grad(), evaluating(wide):
+    with evaluating(wide):
         logits = wide(x.double()).cpu()
         weights, a = [w.cpu() for w in wide.fusion.weights()], wide.fusion.integration().cpu()
     reach = torch.zeros(classes, classes, dtype=torch.float64)
