@@ -17,7 +17,7 @@ BLOCKS = [
     for path in sorted((ROOT / "docs").glob("guides/*.md"))
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.S))
 ]
-USES = [(m.slug, m.use) for m in catalog.methods() if m.treatment]
+USES = [(m.slug, m.use) for m in catalog.methods() if m.treatment or m.use]
 
 
 @pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[n for n, _ in BLOCKS])
