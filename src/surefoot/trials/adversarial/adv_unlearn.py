@@ -1,0 +1,225 @@
+"""Adversarial unlearning on trial: forget "three" in a toy text-to-image model, attack it with tokens, embeddings and paraphrases.
+
+One toy (8x8 digits, captions of forty words) is trained once, cached, and shared by all arms and seeds; the seed draws trajectories, attacks and
+the images that are judged. So the intervals speak of unlearning runs on this model, not of other models. A digit has two names, and only "three" is
+erased: the token attack is free to use "3". The judge is a CNN trained on noised, blurred, shifted images, with a class for junk, so that a ruined
+model neither counts as attacked nor as retained. Retain prompts name seven other digits; retained accuracy is over all nine, `unseen` over the two
+that no retain prompt names. All learning rates have one grid, tuned on retained accuracy minus the token attack's success.
+
+The searched losses differ from training's: training matches predictions along trajectories, the attacks explain noised images of a three.
+`plugged_*`: the text encoder in a second U-Net that was trained with the original one. Left out: larger images and real weights (none packaged), a
+grid over gamma, the colour concept (this toy is grey), arms for embeddings attacked in the U-Net (tests cover them).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surefoot.adversarial.adv_unlearn import (
+    AdvUnlearner,
+    Attack,
+    discrete_attacks,
+    embedding_attacks,
+    evaluate_erasure,
+)
+from surefoot.core.task import Task
+from surefoot.core.trial import Arm, Claim, Metrics, Setup, Trial
+from surefoot.datasets.embedded import digits, seeded
+from surefoot.models import seeded_build, small_cnn
+from surefoot.models.toy_diffusion import TEMPLATES, ToyDiffusion, cached_modules, caption, second_unet, toy_diffusion
+
+CONCEPT = 3
+UNNAMED = (4, 7)  # digits that no retain prompt names
+JUNK = 10
+DRAW = {"steps": 10, "guidance": 4.0}
+ATTACK = Attack(steps=6, lr=3e-2, num_tokens=1, batch=2)
+FAST_ATTACK = replace(ATTACK, steps=1, lr=ATTACK.lr * ATTACK.steps, rule="sign")
+COMMON = AdvUnlearner(
+    iterations=150, warmup=40, batch=4, retain_batch=8, ddim_steps=10, copies=32, reuse=40, attack=ATTACK
+)
+
+
+# ------------------------------------------------------------------------------------------------------------------- judge
+
+
+def corrupted(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifted by up to a pixel, blurred, dimmed and noised, each by a random amount: generated images are none of them clean."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator)
+
+    dy, dx = torch.randint(-1, 2, (2,), generator=generator).tolist()
+    x = torch.roll(x, (dy, dx), (2, 3))
+    blurred = F.avg_pool2d(F.pad(x, [1] * 4), 3, 1)
+    x = x + uniform(0, 0.6) * (blurred - x)
+    return (uniform(0.6, 1.2) * x + uniform(0, 0.2) * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+
+def junk(x: Tensor, generator: torch.Generator) -> Tensor:
+    """What no digit looks like: two digits in one, pixels out of order, smooth noise."""
+    third = len(x) // 3
+    a, b, c = x[:third], x[third : 2 * third], x[2 * third :]
+    other = x[torch.randperm(len(x), generator=generator)[:third]]
+    shuffled = b.flatten(1)[:, torch.randperm(64, generator=generator)].view_as(b)
+    smooth = F.avg_pool2d(torch.rand(len(c), 1, 10, 10, generator=generator), 3, 1) * 2 - 0.5
+    return torch.cat([(a + other.flip(3)) / 1.4, shuffled, smooth]).clamp(0, 1)
+
+
+def train_judge(steps: int = 500) -> nn.Module:
+    data, source = digits(0, sizes=(1400, 97, 300)).train, seeded(0, "judge")
+    net = seeded_build(lambda: small_cnn((1, 8, 8), JUNK + 1), source).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        pick = torch.randint(len(data), (120,), generator=source)
+        x, y = data.x[pick], data.labels[pick].clone()
+        x = corrupted(torch.cat([x[:96], junk(x[96:], source)]), source)
+        y[96:] = JUNK
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net
+
+
+@cache
+def judge() -> nn.Module:
+    settings: dict[str, object] = {"code": "".join(map(inspect.getsource, (train_judge, junk, corrupted, small_cnn)))}
+    return cached_modules(
+        "toy_judge", settings, lambda: {"judge": train_judge()}, lambda: {"judge": small_cnn((1, 8, 8), JUNK + 1)}
+    )["judge"]
+
+
+def features(images: Tensor) -> Tensor:  # [B, 64]
+    """The judge's last hidden layer."""
+    net = judge()
+    assert isinstance(net, nn.Sequential)
+    return net[:-1](images)
+
+
+# ----------------------------------------------------------------------------------------------------------------- measuring
+
+
+def retain_prompts() -> list[str]:
+    """The empty prompt, and two names of seven digits in half of the templates; the other half is for measuring."""
+    named = [d for d in range(10) if d not in (CONCEPT, *UNNAMED)]
+    return ["", *(caption(d, template=t, figure=f) for d in named for t in TEMPLATES[::2] for f in (False, True))]
+
+
+def asked(digits_: tuple[int, ...]) -> dict[str, int]:
+    return {
+        caption(d, template=t, figure=f): d
+        for d in digits_
+        for t, f in zip(TEMPLATES[1::2][:4], (False, True) * 2, strict=True)
+    }
+
+
+CONCEPT_PROMPTS = [caption(CONCEPT, template=t) for t in TEMPLATES[:4]]
+PARAPHRASES = [caption(CONCEPT, template=t, figure=f) for t in TEMPLATES[5:8] for f in (False, True)]
+
+
+def measured(model: ToyDiffusion, original: ToyDiffusion, task: Task, generator: torch.Generator) -> dict[str, float]:
+    """Success of each attack, what is retained, and the score that tuning looks at."""
+    attacks = {
+        "discrete": discrete_attacks(model, original, CONCEPT_PROMPTS[:3], queries=120, generator=generator, **DRAW),
+        "embedding": embedding_attacks(
+            model,
+            original,
+            CONCEPT_PROMPTS[:2],
+            Attack(steps=60, lr=1e-2, num_tokens=3, batch=12),
+            generator=generator,
+            **DRAW,
+        ),
+    }
+    report = evaluate_erasure(
+        model,
+        judge(),
+        CONCEPT,
+        prompts=CONCEPT_PROMPTS,
+        paraphrases=PARAPHRASES,
+        attacks=attacks,
+        retained=asked(tuple(d for d in range(10) if d != CONCEPT)),
+        images=12,
+        retained_images=4,
+        reference=task.test.x[task.test.labels != CONCEPT],
+        features=features,
+        generator=generator,
+        **DRAW,
+    )
+    other = asked(UNNAMED)
+    by_prompt = dict(zip(asked(tuple(d for d in range(10) if d != CONCEPT)), report.retained.by_prompt, strict=True))
+    assert report.distance is not None
+    found = {f"asr_{name}": rate.value for name, rate in report.concept.items()}
+    return {
+        **found,
+        "worst_discrete": report.concept["discrete"].worst,
+        "worst_embedding": report.concept["embedding"].worst,
+        "retained": report.retained.value,
+        "unseen": sum(by_prompt[p] for p in other) / len(other),
+        "distance": report.distance,
+        "score": report.retained.value - report.concept["discrete"].value,
+    }
+
+
+def plugged(model: ToyDiffusion, generator: torch.Generator) -> dict[str, float]:
+    """The text encoder with a U-Net that it was not trained with."""
+    other = replace(model, unet=second_unet(toy_diffusion()))
+    report = evaluate_erasure(
+        other, judge(), CONCEPT, prompts=CONCEPT_PROMPTS, paraphrases=PARAPHRASES, retained=asked((0, 1, 2, 5, 6, 8)), images=8, retained_images=4,
+        generator=generator, **DRAW,
+    )  # fmt: skip
+    rates = (report.concept["prompts"], report.concept["paraphrases"])
+    return {
+        "plugged_asr": sum(rate.value * rate.n for rate in rates) / sum(rate.n for rate in rates),
+        "plugged_retained": report.retained.value,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------ the protocol
+
+
+def original_arm(task: Task, generator: torch.Generator) -> Metrics:
+    toy = toy_diffusion()
+    return {**measured(toy, toy, task, generator), **plugged(toy, generator)}
+
+
+def unlearning(learner: AdvUnlearner) -> Arm:
+    def arm(task: Task, generator: torch.Generator, lr: float) -> Metrics:
+        toy = toy_diffusion()
+        prompts = retain_prompts() if learner.retain_weight else []
+        result = replace(learner, lr=lr).fit(
+            toy, ["three"], prompts, synonyms=["3"], generator=task.generator("unlearn")
+        )
+        costs = {"fit_seconds": result.report.seconds, "unet_passes": float(result.report.unet_passes)}
+        found = {**measured(result.model, toy, task, generator), **costs}
+        return found if learner.trainable == "unet" else {**found, **plugged(result.model, generator)}
+
+    return Arm(arm, grid={"lr": LEARNING_RATES}, system=True)
+
+
+def task(seed: int, data_dir: Path | None) -> Task:
+    return digits(seed)
+
+
+LEARNING_RATES = (3e-4, 1e-3)
+METHOD = replace(COMMON, retain_weight=3.0)
+
+ARMS: Mapping[str, Arm] = {
+    "original": Arm(original_arm, system=True),
+    "esd": unlearning(replace(COMMON, attack=None, retain_weight=0.0)),
+    "esd_unet": unlearning(replace(COMMON, attack=None, retain_weight=0.0, trainable="unet")),
+    "esd_retain": unlearning(replace(METHOD, attack=None)),
+    "attack_only": unlearning(replace(COMMON, retain_weight=0.0)),
+    "adv_unlearn": unlearning(METHOD),
+    "adv_fast": unlearning(replace(METHOD, attack=FAST_ATTACK)),
+    "adv_unet": unlearning(replace(METHOD, trainable="unet")),
+}
