@@ -99,7 +99,7 @@ class NaTra(Treatment):
     usable_: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     dropped_: int = field(default=0, init=False, repr=False, compare=False)
     augment_: tuple[Augment, ...] = field(default=(), init=False, repr=False, compare=False)
-    given_: tuple[Tensor | None, Map | None, Map | None, Map | None] = field(default=(None,) * 4, init=False, repr=False, compare=False)  # fmt: skip
+    given_: tuple[Tensor | None, Map | None, Map | None, Map | None] = field(default=(None, None, None, None), init=False, repr=False, compare=False)  # fmt: skip
 
     slug: ClassVar[str] = "natra"
     prepare_order: ClassVar[int] = 10  # after data selection and other augmentation: codes are kept by example
