@@ -75,11 +75,14 @@ class AdaptiveSmoothing(Treatment):
             raise Refused("adaptive_smoothing reads hidden layers of the model, and it has none.")
 
     def finish(self, model: nn.Module, task: Task) -> nn.Module:
+        return self.mixture(model, self._robust_copy(model, task), task)
+
+    def mixture(self, accurate: nn.Module, robust: nn.Module, task: Task) -> AdaptiveSmoothingClassifier:
+        """Two nets of one architecture under a mixing network, which is trained here."""
         example = task.train.x[:2].to(task.device)
-        self.layers_ = _two_stages(model, example)
-        self.channels_ = feature_sizes(model, self.layers_, example)
-        robust = self._robust_copy(model, task)
-        mixed = self._assemble(model, robust, self.structure(), task.generator("adaptive_smoothing/init"))
+        self.layers_ = _two_stages(accurate, example)
+        self.channels_ = feature_sizes(accurate, self.layers_, example)
+        mixed = self._assemble(accurate, robust, self.structure(), task.generator("adaptive_smoothing/init"))
         train_mixing_network(
             mixed, task.train.x, task.train.labels, eps=self.eps, norm=self.norm, bounds=task.bounds,
             epochs=self.mixing_epochs, batch_size=self.batch_size, lr=self.lr, steps=self.attack_steps,
