@@ -41,6 +41,7 @@ class CrossMax(Treatment):
         "random_pruning": "the first layer is replaced by a wider one, whose weights have no mask.",
         "layerwise_calibration": "it calibrates on the activations of fixed inputs, and the network behind CrossMax sees random ones.",
     }
+    prepare_order: ClassVar[int] = -5  # before others remember the network's layers by name
     finish_order: ClassVar[int] = 20
 
     resolutions: tuple[int, ...] | None = None
