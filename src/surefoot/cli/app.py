@@ -160,6 +160,39 @@ def trial(
     )
 
 
+class ModeChoice(StrEnum):
+    around = "360"
+    forward = "forward"
+
+
+class RepairChoice(StrEnum):
+    patch = "patch"
+    none = "none"
+
+
+@app.command()
+def reconstruct(
+    photos: Annotated[Path, typer.Argument(help="Folder of three to sixteen photos of one place.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the scene.")] = Path("scene"),
+    mode: Annotated[ModeChoice, typer.Option(help="A walk around, or views that look one way.")] = ModeChoice.around,
+    repair: Annotated[RepairChoice, typer.Option(help="Who repairs virtual views.")] = RepairChoice.patch,
+    eval_every: Annotated[int | None, typer.Option(help="Hold every n-th photo out, to tell how good it is.")] = None,
+    size: Annotated[int, typer.Option(help="Longer side of the pictures that train the splats.")] = 96,
+    steps: Annotated[int | None, typer.Option(help="Training steps in all.")] = None,
+    splats: Annotated[int | None, typer.Option(help="Splats at most.")] = None,
+    crop: Annotated[bool, typer.Option("--crop", help="Crop photos of several sizes to the smallest.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Turn a handful of photos into a 3D scene of Gaussian splats, with a path through it and a report."""
+    from surefoot.cli.reconstruct import run_reconstruct
+
+    run_reconstruct(
+        photos, out, mode=mode.value, repair=repair.value == "patch", eval_every=eval_every, size=size, steps=steps, splats=splats,
+        crop=crop, seed=seed, as_json=as_json,
+    )  # fmt: skip
+
+
 @app.command()
 def evidence(
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("surefoot-evidence.html"),

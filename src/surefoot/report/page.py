@@ -175,7 +175,7 @@ def _finding(finding: Finding, applied: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def _render(name: str, path: Path, **values: Any) -> Path:
+def render_page(name: str, path: Path, **values: Any) -> Path:
     charts = [p for f in values.get("findings", []) for p in f["pictures"] if p["kind"] == "chart"] + values.get(
         "charts", []
     )
@@ -190,7 +190,7 @@ def write_audit_report(result: Audit, folder: Path) -> Path:
     """`index.html` and `audit.json` in `folder`; returns the HTML's path."""
     _write(folder / "audit.json", json.dumps(plain(result.to_dict()), indent=1))
     findings = sorted((_finding(f) for f in result.findings), key=lambda f: -f["severity"])
-    return _render(
+    return render_page(
         "audit.html", folder / "index.html", title=f"Audit of {result.subject}", audit=result, findings=findings
     )
 
@@ -201,7 +201,7 @@ def write_harden_report(result: Hardened, folder: Path) -> Path:
     applied = [str(t["slug"]) for t in result.treatments]
     findings = sorted((_finding(f, applied) for f in result.after.findings), key=lambda f: -f["severity"])
     stack = [{**t, "method": catalog.find(t["slug"])} for t in result.treatments]
-    return _render(
+    return render_page(
         "harden.html",
         folder / "index.html",
         title=f"{result.subject.name}, hardened",
@@ -253,7 +253,7 @@ def write_evidence_page(path: Path) -> Path:
             }
         )
     counts = {v: sum(c["verdict"] == v for e in entries for t in e["tiers"] for c in t["claims"]) for v in ("holds", "inconclusive", "contradicted")}  # fmt: skip
-    return _render(
+    return render_page(
         "evidence.html", path, title="Evidence", entries=entries, counts=counts, total=len(catalog.methods())
     )
 

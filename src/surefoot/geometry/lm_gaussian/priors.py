@@ -51,7 +51,8 @@ class PairPointmaps(NamedTuple):
 class StereoPrior(Protocol):
     """Pointmaps of two photos, DUSt3R-like."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def predict(self, i: int, j: int, image_i: Tensor, image_j: Tensor) -> PairPointmaps: ...  # images [H, W, 3]
 
@@ -69,7 +70,8 @@ class MultiView:
 
 
 class MultiViewPrior(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def reconstruct(self, images: Sequence[Tensor], names: Sequence[str], K: Tensor | None) -> MultiView: ...
 
@@ -77,7 +79,8 @@ class MultiViewPrior(Protocol):
 class MonoDepthPrior(Protocol):
     """Depth of one photo up to an unknown scale and shift; larger is farther."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def predict(self, index: int, image: Tensor) -> Tensor: ...  # [H, W]
 
@@ -85,7 +88,8 @@ class MonoDepthPrior(Protocol):
 class MonoNormalPrior(Protocol):
     """Normals of one photo in the camera's frame, towards the camera; zero where unknown."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def predict(self, index: int, image: Tensor) -> Tensor: ...  # [H, W, 3]
 
@@ -93,7 +97,8 @@ class MonoNormalPrior(Protocol):
 class ImageRepairPrior(Protocol):
     """A model that turns a faulty rendering into a plausible photo of this place."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def fit(self, degraded: Tensor, clean: Tensor, *, generator: torch.Generator) -> None: ...  # [P, H, W, 3] twice
 
@@ -103,7 +108,8 @@ class ImageRepairPrior(Protocol):
 class VideoEnhancePrior(Protocol):
     """A model that makes a rendered clip look filmed; it sees depth and cameras, so that frames can be warped onto each other."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def enhance(
         self, frames: Tensor, depths: Tensor, cameras: Sequence[Camera], *, strength: float, generator: torch.Generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -23,6 +24,14 @@ from surefoot.geometry.lm_gaussian.priors import (
     StereoPrior,
     VideoEnhancePrior,
     all_pairs,
+)
+from surefoot.geometry.lm_gaussian.stages import (
+    StageStore,
+    cameras_from_dict,
+    cameras_to_dict,
+    cloud_to_dict,
+    scene_from_dict,
+    scene_to_dict,
 )
 from surefoot.geometry.lm_gaussian.train import (
     Course,
@@ -98,6 +107,22 @@ class Start:
     depths: Tensor | None
     cleaned: Cleaned | None
     report: dict[str, Any]
+
+
+def start_to_dict(start: Start) -> dict[str, Any]:
+    """The part of stage 0 that later stages need, as tensors and plain values."""
+    report = json.dumps(start.report)
+    return {
+        **cameras_to_dict(start.cameras),
+        **cloud_to_dict(start.cloud),
+        "registered": list(start.registered),
+        "report": report,
+    }
+
+
+def start_from_dict(saved: dict[str, Any]) -> Start:
+    cloud = PointCloud(saved["points"], saved["rgb"])
+    return Start(cameras_from_dict(saved), tuple(saved["registered"]), cloud, None, None, json.loads(saved["report"]))
 
 
 @dataclass(frozen=True)
@@ -252,8 +277,11 @@ def reconstruct(
     budget: Budget | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
+    stages: StageStore | None = None,
 ) -> LMGaussianResult:
     """A handful of photos to a scene of splats.
+
+    With `stages` every finished stage is kept on disk, and a run that asks the same goes on from there.
 
     `stereo_prior` finds the poses; the others are optional, and the report names those that were used. `mode` is "360" for a walk around, "forward"
     for views that look one way. Raises `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
@@ -268,17 +296,36 @@ def reconstruct(
     def tell(stage: str) -> Callable[[int, int, Record], None]:
         return lambda step, steps, record: None if progress is None else progress(stage, step, steps)
 
-    start = start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress)  # fmt: skip
+    saved = None if stages is None else stages.get("start", generator)
+    if saved is None:
+        start = start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress)  # fmt: skip
+        if stages is not None:
+            stages.put("start", start_to_dict(start), generator)
+    else:
+        start = start_from_dict(saved)
     chosen = list(start.registered)
     photos = torch.stack([images[k] for k in chosen])
     mono = None if depth_prior is None else torch.stack([depth_prior.predict(k, images[k]) for k in chosen])
     normals = None if normal_prior is None else torch.stack([normal_prior.predict(k, images[k]) for k in chosen])
-    scene, course = train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=mode, switches=switches, budget=budget, generator=generator, on_step=tell("train"))  # fmt: skip
+    saved = None if stages is None else stages.get("train", generator)
+    if saved is None:
+        scene, course = train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=mode, switches=switches, budget=budget, generator=generator, on_step=tell("train"))  # fmt: skip
+        if stages is not None:
+            stages.put("train", scene_to_dict(scene, course), generator)
+    else:
+        scene, course = scene_from_dict(saved)
     history = list(course.history)
     if switches.repair and repair_prior is not None:
-        repair_prior.fit(*collect_repair_pairs(course, photos), generator=generator)
-        gain = 16.0 if switches.distance_weight and len(start.cameras) >= 3 else None
-        history += refine(scene, start.cameras, photos, repair_prior, between(start.cameras, budget.virtual_per_gap, mode), rounds=switches.rounds, steps=budget.refine_steps, strength=budget.repair_strength, gain=gain, rates=replace(budget.rates, means=budget.rates.means / 4), generator=generator, on_step=tell("refine")).history  # fmt: skip
+        saved = None if stages is None else stages.get("refine", generator)
+        if saved is None:
+            repair_prior.fit(*collect_repair_pairs(course, photos), generator=generator)
+            gain = 16.0 if switches.distance_weight and len(start.cameras) >= 3 else None
+            again = refine(scene, start.cameras, photos, repair_prior, between(start.cameras, budget.virtual_per_gap, mode), rounds=switches.rounds, steps=budget.refine_steps, strength=budget.repair_strength, gain=gain, rates=replace(budget.rates, means=budget.rates.means / 4), generator=generator, on_step=tell("refine"))  # fmt: skip
+            if stages is not None:
+                stages.put("refine", scene_to_dict(scene, again), generator)
+        else:
+            scene, again = scene_from_dict(saved)
+        history += again.history
     order = camera_tour(start.cameras, closed=mode == "360")
     path = smooth_path([start.cameras[k] for k in order], budget.path_frames, closed=mode == "360")
     enhanced = None

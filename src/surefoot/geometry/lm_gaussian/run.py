@@ -1,0 +1,132 @@
+"""From a folder of photos to a folder of results: the embedded backends wired together, and views held out to tell how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.errors import InvalidInput, check, check_at_least
+from surefoot.geometry.lm_gaussian.enhance import TemporalFilterEnhance
+from surefoot.geometry.lm_gaussian.evaluate import refine_pose, score_views
+from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior, MultiView
+from surefoot.geometry.lm_gaussian.stages import StageStore
+from surefoot.geometry.lm_gaussian.system import Budget, LMGaussianResult, Mode, Progress, Switches, reconstruct
+from surefoot.nn.geometry.cameras import Camera
+from surefoot.nn.geometry.rasterizer import rasterize
+
+
+@dataclass(frozen=True)
+class KnownViews:
+    """A prior that answers with views found before, for the photos named."""
+
+    found: MultiView
+    name: str
+
+    def reconstruct(self, images: Sequence[Tensor], names: Sequence[str], K: Tensor | None) -> MultiView:
+        return self.found
+
+
+def views_of(found: MultiView, chosen: Sequence[int]) -> MultiView:
+    """The part of what a prior found that concerns these photos, which are then counted from 0."""
+    rows = [found.registered.index(k) for k in chosen]
+    return replace(
+        found,
+        cameras=tuple(found.cameras[r] for r in rows),
+        registered=tuple(range(len(rows))),
+        depths=None if found.depths is None else found.depths[rows],
+        conf=None if found.conf is None else found.conf[rows],
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Photos that trained nothing, beside their renderings; poses as registered, and fitted to the photo with the splats frozen."""
+
+    names: tuple[str, ...]
+    photos: Tensor  # [V, H, W, 3]
+    renders: Tensor  # [V, H, W, 3], at the fitted poses
+    scores: dict[str, Any]
+
+
+def reconstruct_photos(
+    images: Sequence[Tensor],  # full size, each [H, W, 3] in [0, 1]
+    names: Sequence[str],
+    *,
+    size: int = 96,
+    mode: Mode = "360",
+    eval_every: int | None = None,
+    repair_prior: ImageRepairPrior | None = None,
+    switches: Switches | None = None,
+    budget: Budget | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[
+    LMGaussianResult, HeldOut | None, Tensor
+]:  # the result, the held-out views, the training photos at splat size
+    """Structure from motion on the full photos, splats at `size` pixels on the longer side.
+
+    `eval_every=k` holds every k-th registered photo out of training. With `folder` finished stages are kept there. Raises `InvalidInput`
+    where too few photos find their place.
+    """
+    from surefoot.geometry.lm_gaussian.colmap import ColmapPrior
+    from surefoot.geometry.lm_gaussian.photos import resize
+
+    check_at_least("size", size, 16)
+    small = resize(images, size)
+    height, width = small[0].shape[:2]
+    if progress is not None:
+        progress("poses", 0, 1)
+    prior = ColmapPrior(work_size=(width, height), seed=seed)
+    found = prior.reconstruct(images, names, None)
+    held = list(found.registered[::eval_every]) if eval_every else []
+    train = [k for k in found.registered if k not in held]
+    if len(train) < 2:
+        raise InvalidInput(f"{len(found.registered)} photos found their place and {len(held)} of them are held out; give more photos or a larger --eval-every.")  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [small[k] for k in train]
+    settings = (
+        sorted(names),
+        train,
+        size,
+        mode,
+        switches,
+        budget,
+        seed,
+        None if repair_prior is None else repair_prior.name,
+    )
+    stages = None if folder is None else StageStore.of(folder / "stages", chosen, *settings)
+    result = reconstruct(
+        chosen, stereo_prior=KnownViews(views_of(found, train), prior.name), names=[names[k] for k in train], repair_prior=repair_prior,
+        video_prior=TemporalFilterEnhance(repair_prior), mode=mode, switches=switches, budget=budget, generator=generator,
+        progress=progress, stages=stages,
+    )  # fmt: skip
+    result.report["unregistered"] = [names[k] for k in range(len(names)) if k not in found.registered]
+    cameras = [found.cameras[found.registered.index(k)] for k in held]
+    return result, held_out(result, cameras, [small[k] for k in held], [names[k] for k in held]), torch.stack(chosen)
+
+
+def held_out(
+    result: LMGaussianResult, cameras: Sequence[Camera], photos: Sequence[Tensor], names: Sequence[str]
+) -> HeldOut | None:
+    """Scores of views that trained nothing; None without any."""
+    if not cameras:
+        return None
+    check(len(cameras) == len(photos) == len(names), "cameras, photos and names must be equally many.")
+    images = torch.stack(list(photos))
+    fitted = [refine_pose(result.scene, c.to(images.dtype), image) for c, image in zip(cameras, images, strict=True)]
+    mapped, refined = (
+        score_views(result.scene, [c.to(images.dtype) for c in views], images) for views in (cameras, fitted)
+    )
+    with torch.no_grad():
+        renders = torch.stack([rasterize(result.scene, c).rgb.clamp(0, 1) for c in fitted])
+    scores = {
+        "psnr": mapped.psnr, "ssim": mapped.ssim, "psnr_fitted": refined.psnr, "ssim_fitted": refined.ssim,
+        "each_psnr_fitted": list(refined.each_psnr),
+    }  # fmt: skip
+    return HeldOut(tuple(names), images, renders, scores)

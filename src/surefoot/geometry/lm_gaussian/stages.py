@@ -1,0 +1,82 @@
+"""What a finished stage leaves on disk, so that a run that was stopped goes on from there and ends where an undisturbed one ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surefoot.geometry.lm_gaussian.train import Course
+from surefoot.nn.geometry.cameras import Camera
+from surefoot.nn.geometry.ply import PointCloud
+from surefoot.nn.geometry.splats import NAMES, GaussianScene
+
+
+@dataclass(frozen=True)
+class StageStore:
+    """Files of one run, named by stage and by a key of all that the run was asked; a file of another run is never read."""
+
+    folder: Path
+    key: str
+
+    @classmethod
+    def of(cls, folder: Path, images: Sequence[Tensor], *settings: object) -> StageStore:
+        digest = hashlib.sha256(repr(settings).encode())
+        for image in images:
+            digest.update(image.detach().cpu().contiguous().numpy().tobytes())
+        return cls(folder, digest.hexdigest()[:16])
+
+    def _path(self, stage: str) -> Path:
+        return self.folder / f"{stage}-{self.key}.pt"
+
+    def get(self, stage: str, generator: torch.Generator) -> dict[str, Any] | None:
+        """What the stage left, and the generator where it stood then; None if it has not been finished (or its file is damaged)."""
+        try:
+            saved = torch.load(self._path(stage), weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            return None
+        generator.set_state(saved.pop("generator"))
+        return saved
+
+    def put(self, stage: str, content: dict[str, Any], generator: torch.Generator) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self._path(stage).with_suffix(f".{os.getpid()}")
+        torch.save({**content, "generator": generator.get_state()}, partial)
+        partial.replace(self._path(stage))
+
+
+def cameras_to_dict(cameras: Sequence[Camera]) -> dict[str, Any]:
+    return {
+        "K": torch.stack([c.K for c in cameras]), "w2c": torch.stack([c.w2c for c in cameras]),
+        "size": [(c.width, c.height) for c in cameras], "names": [c.name for c in cameras],
+    }  # fmt: skip
+
+
+def cameras_from_dict(saved: dict[str, Any]) -> tuple[Camera, ...]:
+    rows = zip(saved["K"], saved["w2c"], saved["size"], saved["names"], strict=True)
+    return tuple(Camera(K, w2c, width, height, name) for K, w2c, (width, height), name in rows)
+
+
+def cloud_to_dict(cloud: PointCloud) -> dict[str, Tensor]:
+    return {"points": cloud.points, "rgb": cloud.rgb}
+
+
+def scene_to_dict(scene: GaussianScene, course: Course) -> dict[str, Any]:
+    return {
+        **{name: getattr(scene, name).detach() for name in NAMES}, "filter_3d": scene.filter_3d, "active_degree": scene.active_degree,
+        "early": [(k, image) for k, image in course.early], "history": json.dumps(course.history), "steps": course.steps,
+    }  # fmt: skip
+
+
+def scene_from_dict(saved: dict[str, Any]) -> tuple[GaussianScene, Course]:
+    scene = GaussianScene(*(saved[name] for name in NAMES))
+    scene.filter_3d, scene.active_degree = saved["filter_3d"], int(saved["active_degree"])
+    return scene, Course(json.loads(saved["history"]), [tuple(pair) for pair in saved["early"]], int(saved["steps"]))
