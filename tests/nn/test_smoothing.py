@@ -454,3 +454,16 @@ def test_broken_logits_and_hidden_randomness_are_refused():
         sm.Looks((10, 10), (0.5, 0.5))
     with pytest.raises(InvalidInput, match="sum to at most 1"):
         sm.Looks((10, 20), (0.9, 0.5))
+
+
+def test_choosing_and_estimating_on_the_same_draws_breaks_the_level():
+    """Planted mistake: ten equal classes; the winner of the very draws that estimate it looks better than it is."""
+    trials, n, alpha = 4000, 100, 0.05
+    g = np.random.default_rng(0)
+    first, fresh = (torch.from_numpy(g.multinomial(n, [0.1] * 10, trials)) for _ in range(2))
+    chosen = first.argmax(1, keepdim=True)
+    limit = alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
+    honest = sm.lower_confidence_bound(fresh.gather(1, chosen).squeeze(1), n, alpha) > 0.1
+    reused = sm.lower_confidence_bound(first.gather(1, chosen).squeeze(1), n, alpha) > 0.1
+    assert honest.double().mean() <= limit
+    assert reused.double().mean() > 5 * limit
