@@ -70,7 +70,7 @@ def measured(model: Net, task: Task, generator: torch.Generator, components: Seq
     x, y = task.test.x[:ATTACKED], task.test.labels[:ATTACKED]
     suite = standard_suite(model, x, y, eps=EPS, steps=25, targets=3, queries=300, attacks=("apgd-ce", "apgd-t", "square"), generator=generator)  # fmt: skip
     robust = suite.robust
-    if components:
+    if components and bool(robust.any()):
         rest = robust.nonzero().squeeze(1)
         more = adaptive_suite(model, x[rest], y[rest], components=components, eps=EPS, steps=20, restarts=1, queries=100, generator=generator)  # fmt: skip
         robust = robust.clone()
