@@ -342,7 +342,7 @@ def test_attack_changes_nothing_but_its_rows():
     assert found.rows.shape == (1, 64) and len(found.losses) == found.gradients == 2
 
 
-@pytest.mark.parametrize("place", ["prefix", "add"])
+@pytest.mark.parametrize("place", ["prefix", pytest.param("add", marks=pytest.mark.slow)])
 def test_attack_lowers_the_loss_on_held_out_states(place):
     original = toy()
     model, better = perturbed(original), 0
