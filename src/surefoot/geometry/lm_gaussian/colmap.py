@@ -55,12 +55,13 @@ class ColmapPrior:
         """Raises `InvalidInput` where fewer than two photos register, with what was tried."""
         pycolmap = _pycolmap()
         check(len(images) >= 2, f"Structure from motion needs at least two photos, got {len(images)}.")
+        check(len({tuple(im.shape) for im in images}) == 1, "The photos must have one size; crop or resize them first.")
         with tempfile.TemporaryDirectory() as scratch, _quiet(pycolmap):
             files = _write_photos(images, Path(scratch) / "photos")
             database = Path(scratch) / "matches.db"
             self._match(pycolmap, database, Path(scratch) / "photos", K)
             model, rung, tried = self._map(pycolmap, database, Path(scratch), len(images), K)
-            if model is None:
+            if model is None or model.num_reg_images() < 2:
                 raise InvalidInput(f"Structure from motion placed none of the {len(images)} photos ({'; '.join(tried)}); take them closer together, with more texture in view.")  # fmt: skip
             notes = _gate(pycolmap, model, database, dict(zip(files, names, strict=True)))
         return self._result(model, files, names, images, rung, tried, notes)

@@ -53,7 +53,7 @@ def _read(path: Path) -> Tensor:  # [H, W, 3]
         raise InvalidInput(
             f"{path} cannot be read as a picture ({str(error).splitlines()[0]}); remove or replace it."
         ) from error
-    deep = array.dtype in (np.uint16, np.int32, np.uint32)
+    deep = array.dtype.itemsize > 1  # 16 bits, in either byte order or widened
     x = torch.from_numpy(array.astype(np.float32)) / (65535 if deep else 255)
     x = x.clamp(0, 1)
     if x.dim() == 2:
@@ -65,9 +65,11 @@ def _read(path: Path) -> Tensor:  # [H, W, 3]
 
 def _upright(image):
     """A mode whose array is grey, RGB or RGBA."""
+    if "transparency" in image.info:
+        return image.convert("RGBA")
     if image.mode in ("L", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I"):
         return image
-    return image.convert("RGBA" if image.mode in ("LA", "PA", "La") or "transparency" in image.info else "RGB")
+    return image.convert("RGBA" if image.mode in ("LA", "PA", "La") else "RGB")
 
 
 def _one_size(images: Sequence[Tensor], names: Sequence[str], crop: bool) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 For each view, planes of equal depth are swept through the scene; the neighbours are warped onto each plane by its homography and compared by zero-mean
 normalised cross-correlation (ZNCC) over a 7 x 7 window. The winner is refined by a parabola in inverse depth. A left-right check keeps what two views
-agree on within one percent. Confidence is 1 + 10 (best - second best ZNCC), 1.001 where nothing supports the depth.
+agree on within one percent. Confidence is 1 + 10 (best - second best ZNCC), and 1.001 with depth 0 where nothing supports a depth.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def plane_sweep(
     neighbours: int = 3,
     agree: float = 0.01,
 ) -> tuple[Tensor, Tensor]:  # depths [V, H, W], confidences [V, H, W] above 1
-    """Depths and confidences of all views; the depth of an unsupported pixel is the winner's all the same."""
+    """Depths and confidences of all views; an unsupported pixel has depth 0."""
     check_at_least("planes", planes, 4)
     check(
         len(images) == len(cameras) == len(near_far) >= 2,
@@ -43,7 +43,8 @@ def plane_sweep(
         order = (centres - centres[k]).norm(dim=1).argsort()[1 : 1 + neighbours].tolist()
         found.append(_sweep_one(grey, cameras, k, order, near_far[k], planes, window))
     depths, conf = torch.stack([d for d, _ in found]), torch.stack([c for _, c in found])
-    return depths, _checked(depths, conf, cameras, agree)
+    conf = _checked(depths, conf, cameras, agree)
+    return torch.where(conf > UNSUPPORTED, depths, torch.zeros_like(depths)), conf
 
 
 def _sweep_one(
