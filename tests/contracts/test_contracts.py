@@ -19,7 +19,7 @@ from surefoot.core.task import Task, Training
 from surefoot.core.treatment import Treatment
 from surefoot.datasets.embedded import digits
 from surefoot.errors import Refused, SurefootError
-from surefoot.models import Normalized, seeded_build, small_cnn
+from surefoot.models import Normalized, mlp, seeded_build, small_cnn
 from surefoot.models.loading import channel_statistics
 from surefoot.training.loop import fit
 
@@ -73,7 +73,13 @@ def components() -> tuple[Task, nn.Module]:
     return task, fit(net, task, Training(epochs=4, lr=3e-3), [PrototypeRBF()]).model
 
 
-WORLDS = {"crmt": two_views, "modalities": two_views, "components": components}
+@cache
+def small_mlp() -> tuple[Task, nn.Module]:
+    task = digits(3, sizes=(128, 48, 64)).changed(budget="quick")
+    return task, seeded_build(lambda: mlp(task.input_shape, 10, hidden=(16, 16)), task.generator("model"))
+
+
+WORLDS = {"nap": small_mlp, "crmt": two_views, "modalities": two_views, "components": components}
 
 
 @pytest.mark.parametrize("contract", contracts.TREATMENT_CHECKS, ids=lambda c: c.__name__)

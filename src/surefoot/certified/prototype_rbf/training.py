@@ -135,6 +135,10 @@ class PrototypeRBF(Treatment):
     backbone would earn the radius by growing its features.
     """
 
+    excludes: ClassVar[Mapping[str, str]] = {
+        "random_pruning": "the last linear layer, whose weights are masked, is replaced by the head.",
+    }
+
     per_class: int = 2
     margin: float = 0.1
     target_radius: float = 0.0

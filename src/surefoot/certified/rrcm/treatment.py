@@ -37,6 +37,7 @@ class RRCM(Treatment):
     excludes: ClassVar[Mapping[str, str]] = {
         "crop_selection": "pre-training sees whole images, and crop selection hands on crops of another size.",
         "pissa": "the adapters would be laid out before the model is rebuilt as an encoder.",
+        "layerwise_calibration": "it traces the finished model, and the noise-conditioned encoder cannot be traced.",
     }
     finish_order: ClassVar[int] = -5  # rebuilt first: later treatments act on the encoder
 
