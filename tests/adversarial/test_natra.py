@@ -522,6 +522,20 @@ def test_treatment_trains_with_a_given_generator():
     assert left.dropped_ == int((left.transform_.codes.psnr < 5.0).sum())
 
 
+def test_a_given_encoder_lends_its_layers_to_the_inversion_as_a_trained_one_does():
+    task = digits(907, sizes=(60, 20, 50))
+    settings = dict(k=2, latent_dim=8, num_codes=2, generator_steps=30, inversion_steps=10, reference_steps=10, psnr_floor=1.0, filter=False)  # fmt: skip
+    model = seeded_build(lambda: small_cnn(task.input_shape, 10, widths=(8, 8)), seed("net"))
+    made = train_vae(task.train.x, latent_dim=8, steps=30, bounds=task.bounds, generator=task.generator("natra/vae"))
+    own, given = NaTra(**settings), NaTra(**settings).using(generator_net=made.decoder, encoder=made.encoder)
+    blind = NaTra(**settings).using(generator_net=made.decoder, encoder=lambda x: made.encoder(x))
+    for method in (own, given, blind):
+        method.prepare(model, task)
+    codes = [method.transform_.codes.codes for method in (own, given, blind)]
+    assert torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[0], codes[2])
+
+
 def test_generator_learns_and_takes_any_size():
     task = digits(908, sizes=(200, 20, 50))
     trained = train_vae(task.train.x, steps=150, latent_dim=8, generator=seed("vae"))

@@ -137,11 +137,11 @@ class NaTra(Treatment):
         x, bounds = task.train.x.to(task.device), task.bounds
         pool = self.given_[0]
         generator_net, encoder, reference = (_on(network, x) for network in self.given_[1:])
-        features: Map | None = None
         if generator_net is None:
             source = x if pool is None else pool.to(x)
             vae = train_vae(source, latent_dim=self.latent_dim, steps=self.generator_steps, bounds=bounds, generator=task.generator("natra/vae"))  # fmt: skip
-            generator_net, encoder, features = vae.decoder, vae.encoder, vae.encoder.features
+            generator_net, encoder = vae.decoder, vae.encoder
+        features: Map | None = getattr(encoder, "features", None)  # phi: the encoder's own layers, where it names them
         codes = invert_batch(
             generator_net, encoder, x, steps=self.inversion_steps, num_codes=self.num_codes, features=features,
             feature_weight=0.01, bounds=bounds, generator=task.generator("natra/codes"),
