@@ -524,7 +524,7 @@ def test_treatment_trains_with_a_given_generator():
 
 def test_a_given_encoder_lends_its_layers_to_the_inversion_as_a_trained_one_does():
     task = digits(907, sizes=(60, 20, 50))
-    settings = dict(k=2, latent_dim=8, num_codes=2, generator_steps=30, inversion_steps=10, reference_steps=10, psnr_floor=1.0, filter=False)  # fmt: skip
+    settings = {"k": 2, "latent_dim": 8, "num_codes": 2, "generator_steps": 30, "inversion_steps": 10, "reference_steps": 10, "psnr_floor": 1.0, "filter": False}  # fmt: skip
     model = seeded_build(lambda: small_cnn(task.input_shape, 10, widths=(8, 8)), seed("net"))
     made = train_vae(task.train.x, latent_dim=8, steps=30, bounds=task.bounds, generator=task.generator("natra/vae"))
     own, given = NaTra(**settings), NaTra(**settings).using(generator_net=made.decoder, encoder=made.encoder)
