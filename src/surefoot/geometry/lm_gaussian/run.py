@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surefoot.errors import InvalidInput, check, check_at_least
 from surefoot.geometry.lm_gaussian.enhance import TemporalFilterEnhance
-from surefoot.geometry.lm_gaussian.evaluate import refine_pose, score_views
+from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_views
 from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior, MultiView
 from surefoot.geometry.lm_gaussian.stages import StageStore
 from surefoot.geometry.lm_gaussian.system import Budget, LMGaussianResult, Mode, Progress, Switches, reconstruct
@@ -120,13 +120,19 @@ def held_out(
     check(len(cameras) == len(photos) == len(names), "cameras, photos and names must be equally many.")
     images = torch.stack(list(photos))
     fitted = [refine_pose(result.scene, c.to(images.dtype), image) for c, image in zip(cameras, images, strict=True)]
+    perceptual = perceptual_distance()
+    distance = None if perceptual is None else perceptual[1]
     mapped, refined = (
-        score_views(result.scene, [c.to(images.dtype) for c in views], images) for views in (cameras, fitted)
+        score_views(result.scene, [c.to(images.dtype) for c in views], images, distance=distance)
+        for views in (cameras, fitted)
     )
     with torch.no_grad():
         renders = torch.stack([rasterize(result.scene, c).rgb.clamp(0, 1) for c in fitted])
     scores = {
         "psnr": mapped.psnr, "ssim": mapped.ssim, "psnr_fitted": refined.psnr, "ssim_fitted": refined.ssim,
         "each_psnr_fitted": list(refined.each_psnr),
+        "perceptual": "none: the extra vision is not installed" if perceptual is None else perceptual[0],
     }  # fmt: skip
+    if perceptual is not None:
+        scores |= {"feature_distance": mapped.feature_distance, "feature_distance_fitted": refined.feature_distance}
     return HeldOut(tuple(names), images, renders, scores)

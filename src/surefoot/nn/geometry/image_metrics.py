@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -97,3 +98,23 @@ class FeatureDistance:
             for handle in handles:
                 handle.remove()
         return float(sum((f[0] - f[1]).square().sum(0).mean() for f in found))
+
+
+EFFNET = "EfficientNet-Lite0 (ImageNet), blocks 0, 2, 4 and 10"
+
+
+@cache
+def _effnet_distance() -> FeatureDistance:
+    from surefoot.models.loading import efficientnet_lite0
+
+    blocks = tuple(f"model._blocks.{k}" for k in (0, 2, 4, 10))  # the ends of the stages at 1/2, 1/4, 1/8 and 1/16
+    return FeatureDistance(efficientnet_lite0(pretrained=True).requires_grad_(False), blocks)
+
+
+def effnet_feature_distance(a: Tensor, b: Tensor) -> float:  # [H, W, 3] twice, in [0, 1]
+    """`FeatureDistance` by the packaged EfficientNet-Lite0 with its ImageNet weights, pictures brought to 96 pixels.
+
+    0 for equal pictures, 16 at most (four blocks, two unit vectors each). It is not LPIPS: another network, and no weights fitted to what people
+    see; compare its numbers with its own only. Needs the extra `vision` (`MissingExtra` says so).
+    """
+    return _effnet_distance()(a, b)
