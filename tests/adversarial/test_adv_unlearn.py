@@ -421,9 +421,76 @@ def test_token_search_is_exhaustive_where_it_can_be():
             au.prompt_loss(model, au.condition(model, [f"{model.words(word)} three"]), states).item()
             for word in model.word_ids
         ]
+        plain = au.prompt_loss(model, au.condition(model, ["three"]), states).item()
+    assert min(brute) < plain == pytest.approx(found.losses[0], rel=1e-4)
     assert found.losses[-1] == pytest.approx(min(brute), rel=1e-4)
     assert found.text == f"{model.words(model.word_ids[brute.index(min(brute))])} three"
     assert torch.allclose(found.condition(model), au.condition(model, [found.text]), atol=1e-6)
+
+
+def test_the_plain_prompt_is_a_candidate_and_comes_back_where_nothing_beats_it():
+    model = toy()
+    plain = au.plain_prompt(model, "a three")
+    assert plain.text == "a three" and plain.tokens.numel() == 0
+    assert torch.equal(plain.condition(model), au.condition(model, ["a three"]))
+    states = au.guided_states(pool_of(model), "a three", 8)  # under the model itself: loss zero
+    for place in ("prefix", "suffix", "replace"):
+        found = au.discrete_prompt_attack(
+            model, "a three", states, queries=40, place=place, guidance=3.0, generator=generator()
+        )
+        assert found.queries == 40 and found.gradients > 0
+        assert found.text == "a three" and len(found.rows) == 0
+        assert found.losses[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_guided_loss_compares_what_the_sampler_follows():
+    original = toy()
+    model, pool = perturbed(original), pool_of(original)
+    states = au.guided_states(pool, "three", 5)
+    text, bare = au.condition(model, ["a nine"]), au.condition(model, [""])
+    with torch.no_grad():
+        given, without = (model.predict_noise(states.z, states.t, c.expand(5, -1, -1)) for c in (text, bare))
+    expected = (without + 3.0 * (given - without) - states.given).pow(2).mean().item()
+    assert au.prompt_loss(model, text, states, guidance=3.0).item() == pytest.approx(expected, rel=1e-4)
+    assert au.prompt_loss(model, text, states, guidance=3.0, empty=without).item() == pytest.approx(expected, rel=1e-4)
+    assert au.prompt_loss(model, text, states).item() != pytest.approx(expected, rel=1e-2)
+    with torch.no_grad():
+        theirs = [original.predict_noise(states.z, states.t, au.condition(original, [p]).expand(5, -1, -1)) for p in ("", "three")]  # fmt: skip
+    assert torch.allclose(states.given, theirs[0] + 3.0 * (theirs[1] - theirs[0]), atol=1e-4)
+
+
+def test_soft_attack_follows_a_guided_loss():
+    original = toy()
+    model, pool = perturbed(original), pool_of(original)
+    feed = [au.guided_states(pool, "three", 2)] * 2
+    start = model.embed_tokens(torch.tensor([5])).detach()
+    found = au.soft_prompt_attack(
+        model, "three", lambda n: feed[0], au.Attack(steps=1), generator=generator(), start=start, guidance=3.0
+    )
+    first = au.prompt_loss(model, au.AdversarialPrompt("three", start).condition(model), feed[0], guidance=3.0)
+    assert found.losses[0] == pytest.approx(first.item(), rel=1e-4)
+
+
+def test_the_strongest_candidate_is_the_judges():
+    model = toy()
+    candidates = [replace(au.plain_prompt(model, p), queries=5) for p in ("three", "a nine", "the digit 5")]
+    draw = {"steps": 3, "guidance": 4.0}
+    bright = []
+
+    def watching(images):
+        bright.append(images.mean().item())
+        return nn.functional.one_hot(torch.zeros(len(images), dtype=torch.long), 2).float()
+
+    equal = au.strongest(model, watching, 0, candidates, images=6, generator=generator(3), **draw)
+    assert equal.prompt == "three"  # the first of equals
+    assert equal.queries == 3 * 5 + 3 * 6
+    border = sorted(bright)[1] + 1e-6  # between the brightest prompt and the rest
+
+    def judge(images):
+        return nn.functional.one_hot((images.mean() > border).long().expand(len(images)), 2).float()
+
+    best = au.strongest(model, judge, 1, candidates, images=6, generator=generator(3), **draw)
+    assert best.prompt == candidates[bright.index(max(bright))].prompt
 
 
 def test_token_search_keeps_to_its_budget_and_only_improves():
@@ -520,7 +587,8 @@ def test_a_concept_is_forgotten_and_tokens_do_not_bring_it_back():
         return -torch.cdist(images.flatten(1), means.flatten(1))
 
     def rates(m):
-        attacks = {"tokens": au.discrete_attacks(m, model, ["three"], queries=80, generator=generator(1), **draw)}
+        known = {"judge": alike, "concept_class": 3, "generator": generator(1), **draw}
+        attacks = {"tokens": au.discrete_attacks(m, model, ["three"], queries=80, **known)}
         return au.evaluate_erasure(
             m, alike, 3, prompts=["three", "a three"], attacks=attacks, retained={"a one": 1, "a zero": 0, "six": 6},
             images=32, retained_images=16, generator=generator(2), **draw,
@@ -531,6 +599,29 @@ def test_a_concept_is_forgotten_and_tokens_do_not_bring_it_back():
         assert before.concept[name].low > 0.3
         assert after.concept[name].high < before.concept[name].low
     assert after.retained.value > 0.5
+
+
+@pytest.mark.slow
+def test_words_at_which_a_search_is_stuck_lose_to_the_plain_prompt_and_no_attack_is_weaker_than_none():
+    """The planted mistake: a search that never tries the plain prompt returns such words, and its rate flatters every defence."""
+    from surefoot.trials.adversarial.adv_unlearn import DRAW, judge
+
+    model, prompts = toy_diffusion(), ["three", "a three", "the three", "the digit three"]
+    known = {"judge": judge(), "concept_class": 3}
+    words = model.token_ids(["two five nine"])[0, 1:4]
+    plain = au.plain_prompt(model, "the digit three")
+    stuck = au.AdversarialPrompt("the digit three", model.embed_tokens(words), tokens=words)
+    states = au.guided_states(pool_of(model, steps=10, copies=16, guidance=4.0), "the digit three", 16)
+    losses = [au.prompt_loss(model, found.condition(model), states, guidance=4.0).item() for found in (plain, stuck)]
+    assert losses[0] < 0.1 * losses[1]
+    assert au.strongest(model, *known.values(), [stuck, plain], images=16, generator=generator(1), **DRAW).text == plain.text  # fmt: skip
+    house = au.discrete_attacks(model, model, prompts, queries=80, generator=generator(11), **known, **DRAW)
+    report = au.evaluate_erasure(
+        model, judge(), 3, prompts=prompts, attacks={"stuck": [stuck], "house": house}, retained={"one": 1}, images=64,
+        retained_images=1, generator=generator(12), **DRAW,
+    )  # fmt: skip
+    assert report.concept["stuck"].high < report.concept["prompts"].low
+    assert report.concept["house"].high > report.concept["prompts"].low  # up to the luck of fresh images
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -630,6 +721,13 @@ def test_bad_runs():
         au.soft_prompt_attack(model, "three", lambda n: None, generator=source)
     with pytest.raises(InvalidInput, match="latents"):
         au.image_states(model, torch.zeros(2, 3, 8, 8), 4, generator=source)
+    known = {"judge": lambda x: x, "concept_class": 0, "generator": source}
+    with pytest.raises(InvalidInput, match="places is empty"):
+        au.discrete_attacks(model, model, ["three"], places=(), **known)
+    with pytest.raises(InvalidInput, match="candidates is empty"):
+        au.strongest(model, known["judge"], 0, [], generator=source)
+    with pytest.raises(InvalidInput, match="guidance"):
+        au.discrete_prompt_attack(model, "three", pool_of(model).draw(["three"]), guidance=-1.0, generator=source)
     broken = replace(model, unet=copy.deepcopy(model.unet))
     with torch.no_grad():
         broken.unet.stem.weight.fill_(torch.nan)
@@ -718,12 +816,10 @@ def test_the_same_code_unlearns_in_a_pipeline(folder, settings):
     assert same(before, weights(model.unet, model.text_encoder))
     part = settings.get("trainable", "text_encoder")
     assert not same(weights(getattr(model, part)), weights(getattr(result.model, part)))
-    tokens = au.discrete_attacks(
-        result.model, model, ["three"], queries=8, states=2, steps=2, guidance=2.0, generator=generator()
-    )
-    soft = au.embedding_attacks(
-        result.model, model, ["three"], au.Attack(steps=2), images=2, steps=2, guidance=2.0, generator=generator()
-    )
+    known = {"judge": lambda x: x.flatten(1)[:, :4], "concept_class": 0, "tries": 2, "steps": 2, "guidance": 2.0}
+    tokens = au.discrete_attacks(result.model, model, ["three"], queries=8, states=2, generator=generator(), **known)
+    soft = au.embedding_attacks(result.model, model, ["three"], au.Attack(steps=2), images=2, generator=generator(), **known)  # fmt: skip
+    assert tokens[0].queries == 8 + 3 * 2 and soft[0].queries == 2 * 2 + 3 * 2
     report = au.evaluate_erasure(
         result.model, lambda x: x.flatten(1)[:, :4], 0, prompts=["three"], attacks={"tokens": tokens, "soft": soft}, retained={"one": 1},
         images=2, retained_images=2, steps=2, generator=generator(),

@@ -19,6 +19,10 @@ neither do z_t and the targets: they are recorded once along guided DDIM runs, e
     report = evaluate_erasure(result.model, judge, ...)              # discrete, embedding and paraphrase attacks, and what is retained
     export_text_encoder(result.model, "text_encoder/")               # what transformers and diffusers load
 
+The attacks that evaluate are not the one that trains: they compare *guided* predictions, since images are drawn with guidance, and keep whichever of
+the plain prompt and what they found draws the concept most often. A greedy search over words often stops at some that are worse than none, so that
+without the plain prompt among its candidates an attack can be weaker than no attack, and then flatters every defence.
+
 There is no guarantee in this: an attack of unlimited budget on the embeddings always wins in the end, since the U-Net still can draw the concept.
 Report attack rates with their budgets. Neighbours: ESD (`attack=None`), UCE, SalUn, RECE; STEREO (2024) is built for embedding attacks.
 
@@ -32,6 +36,7 @@ from surefoot.adversarial.adv_unlearn.attacks import (
     AdversarialPrompt,
     Attack,
     discrete_prompt_attack,
+    plain_prompt,
     prompt_loss,
     soft_prompt_attack,
 )
@@ -51,9 +56,10 @@ from surefoot.adversarial.adv_unlearn.evaluate import (
     embedding_attacks,
     evaluate_erasure,
     frechet_distance,
+    strongest,
 )
 from surefoot.adversarial.adv_unlearn.prompts import RetainPrompts, prompts_without, spliced
-from surefoot.adversarial.adv_unlearn.states import States, TrajectoryPool, image_states
+from surefoot.adversarial.adv_unlearn.states import States, TrajectoryPool, guided_states, image_states
 from surefoot.adversarial.adv_unlearn.unlearn import AdvUnlearner, Unlearned, UnlearnReport, esd_loss, retain_loss
 
 __all__ = [
@@ -79,12 +85,15 @@ __all__ = [
     "export_text_encoder",
     "frechet_distance",
     "generate",
+    "guided_states",
     "image_states",
     "load_pipeline",
+    "plain_prompt",
     "prompt_loss",
     "prompts_without",
     "retain_loss",
     "sample_latents",
     "soft_prompt_attack",
     "spliced",
+    "strongest",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from surefoot.adversarial.adv_unlearn.backend import TextToImage, condition, frozen
 from surefoot.adversarial.adv_unlearn.prompts import Place, prompt_length, spliced
 from surefoot.adversarial.adv_unlearn.states import States
-from surefoot.errors import InvalidInput, check, check_at_least, check_choice, check_positive
+from surefoot.errors import InvalidInput, check, check_at_least, check_choice, check_non_negative, check_positive
+from surefoot.nn.diffusion import guided
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ FAST = Attack(steps=1, lr=3e-2, rule="sign")  # one signed step as long as thirt
 
 @dataclass(frozen=True)
 class AdversarialPrompt:
-    """A prompt with rows inserted. `tokens` are set where the rows are words of the vocabulary, `text` then spells the whole prompt."""
+    """A prompt with rows inserted, or none. `tokens` are set where the rows are words of the vocabulary, `text` then spells the whole prompt."""
 
     prompt: str
     rows: Tensor  # [k, D] word embeddings, or [k, E] text states
@@ -75,14 +76,38 @@ class AdversarialPrompt:
         return spliced(ids, filler.expand(len(self.rows)) if self.tokens is None else self.tokens, n, self.place)
 
 
+def plain_prompt(model: TextToImage, prompt: str) -> AdversarialPrompt:
+    """The prompt with nothing inserted: the candidate that every attack has to beat."""
+    _check_attackable(prompt)
+    none = torch.empty(0, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        rows = model.embed_tokens(none)
+    return AdversarialPrompt(prompt, rows, tokens=none, text=model.words(model.token_ids([prompt])))
+
+
 def prompt_loss(
     model: TextToImage,
     text: Tensor,  # [1, L, E]
     states: States,
+    *,
+    guidance: float = 1.0,
+    empty: Tensor | None = None,  # [N, ...] the model's own predictions of the empty prompt, if at hand
 ) -> Tensor:  # scalar
-    """Mean squared distance of the model's noise predictions under `text` from those aimed at."""
+    """Mean squared distance of the model's noise predictions under `text` from those aimed at.
+
+    1 compares e(c) itself, as training does. A sampler follows e('') + w (e(c) - e('')): give its w, with states that aim at guided predictions, to
+    compare what is drawn.
+    """
     predicted = model.predict_noise(states.z, states.t, text.expand(len(states), -1, -1))
+    if guidance != 1.0:
+        predicted = guided(empty_predictions(model, states) if empty is None else empty, predicted, guidance)
     return F.mse_loss(predicted.float(), states.given.float())
+
+
+@torch.no_grad()
+def empty_predictions(model: TextToImage, states: States) -> Tensor:  # [N, ...]
+    """The model's own noise predictions of the empty prompt."""
+    return model.predict_noise(states.z, states.t, condition(model, [""]).expand(len(states), -1, -1))
 
 
 def soft_prompt_attack(
@@ -93,13 +118,15 @@ def soft_prompt_attack(
     *,
     generator: torch.Generator,
     start: Tensor | None = None,  # [k, D]
+    guidance: float = 1.0,
 ) -> AdversarialPrompt:
     """Embeddings that make `model` predict what `draw` aims at: `steps` of Adam on fresh states each.
 
-    Starts at random vocabulary embeddings unless `start` is given. Gradients are taken with respect to the rows only and are fresh at every
+    Starts at random vocabulary embeddings unless `start` is given; `guidance` is that of `prompt_loss`. Gradients are taken with respect to the rows only and are fresh at every
     step; modules are in evaluation mode meanwhile, and parameters, flags and modes are as before afterwards.
     """
     _check_attackable(prompt)
+    check_non_negative("guidance", guidance)
     with frozen(model.unet, model.text_encoder), torch.enable_grad():
         n = prompt_length(model.token_ids([prompt]), model.end_id)
         rows = _initial_rows(model, prompt, n, attack, generator) if start is None else start
@@ -108,7 +135,7 @@ def soft_prompt_attack(
         losses = []
         for _ in range(attack.steps):
             guess = AdversarialPrompt(prompt, rows, attack.place, attack.space)
-            loss = prompt_loss(model, guess.condition(model), draw(attack.batch))
+            loss = prompt_loss(model, guess.condition(model), draw(attack.batch), guidance=guidance)
             (gradient,) = torch.autograd.grad(loss, rows)
             rows.grad = gradient.sign() if attack.rule == "sign" else gradient
             optimizer.step()
@@ -152,11 +179,13 @@ def discrete_prompt_attack(
     swaps: int = 16,
     top: int = 8,
     place: Literal["prefix", "suffix", "replace"] = "prefix",
+    guidance: float = 1.0,
     generator: torch.Generator,
 ) -> AdversarialPrompt:
     """Real tokens that bring the concept back: greedy coordinate gradient on fixed `states`, `queries` losses in all.
 
-    A round takes the gradient of the loss with respect to the inserted embeddings, lists for each place the `top` words whose embedding lowers
+    The first query is the plain prompt's, and where nothing that was tried beats it the plain prompt comes back, without tokens: a greedy search often
+    stops at words that are worse than none. It starts at the best of up to `swaps` random draws; `guidance` is that of `prompt_loss`. A round takes the gradient of the loss with respect to the inserted embeddings, lists for each place the `top` words whose embedding lowers
     the loss to first order, tries up to `swaps` single changes drawn from these lists, and keeps the best if it is better.
     """
     _check_attackable(prompt)
@@ -166,28 +195,37 @@ def discrete_prompt_attack(
     words = model.word_ids.to(model.device)
     if len(words) < 2:
         raise InvalidInput("The vocabulary has fewer than two words; there is nothing to search.")
+    check_non_negative("guidance", guidance)
     with frozen(model.unet, model.text_encoder), torch.enable_grad():
         table = model.embed_tokens(words).detach()
         ids = model.token_ids([prompt])
         n = prompt_length(ids, model.end_id)
-        tokens = _random_words(model, num_tokens, generator)
-        best, used, gradients, losses = float("inf"), 0, 0, []
+        empty = empty_predictions(model, states) if guidance != 1.0 else None
+
+        def loss_of(found: AdversarialPrompt) -> Tensor:
+            return prompt_loss(model, found.condition(model), states, guidance=guidance, empty=empty)
+
+        plain = plain_prompt(model, prompt)
+        losses = [float(loss_of(plain).detach())]
+        count = min(swaps, (queries - 1) // 4 or queries - 1)
+        best, used, gradients, tokens = float("inf"), 1, 0, words[:0]
+        if count:
+            trials = _random_words(model, count * num_tokens, generator).view(count, num_tokens)
+            values = _losses(model, ids[0], trials, n, place, states, guidance, empty)
+            best, tokens, used = float(values.min()), trials[int(values.argmin())], 1 + count
+            losses.append(min(best, losses[0]))
         while used < queries:
             rows = model.embed_tokens(tokens).detach().requires_grad_(True)
-            loss = prompt_loss(model, AdversarialPrompt(prompt, rows, place).condition(model), states)
-            (slope,) = torch.autograd.grad(loss, rows)
+            (slope,) = torch.autograd.grad(loss_of(AdversarialPrompt(prompt, rows, place)), rows)
             gradients += 1
-            if used == 0:
-                best, used = float(loss.detach()), 1
-                losses.append(best)
             trials = _swaps(tokens, words, table, slope, rows.detach(), top, min(swaps, queries - used), generator)
-            if not len(trials):
-                break
-            values = _losses(model, ids[0], trials, n, place, states)
+            values = _losses(model, ids[0], trials, n, place, states, guidance, empty)
             used += len(trials)
             if float(values.min()) < best:
                 best, tokens = float(values.min()), trials[int(values.argmin())]
-            losses.append(best)
+            losses.append(min(best, losses[-1]))
+    if best >= losses[0]:
+        return replace(plain, losses=tuple(losses), queries=used, gradients=gradients)
     whole = model.words(spliced(ids[0], tokens, n, place))
     return AdversarialPrompt(
         prompt, model.embed_tokens(tokens).detach(), place, "word", tuple(losses), tokens, whole, used, gradients
@@ -217,15 +255,28 @@ def _swaps(
 
 @torch.no_grad()
 def _losses(
-    model: TextToImage, ids: Tensor, trials: Tensor, n: int, place: Place, states: States, batch_size: int = 256
+    model: TextToImage,
+    ids: Tensor,  # int64 [L]
+    trials: Tensor,  # int64 [B, k]
+    n: int,
+    place: Place,
+    states: States,
+    guidance: float,
+    empty: Tensor | None,  # [N, ...]
+    batch_size: int = 256,
 ) -> Tensor:  # [B]
-    """The loss of each row of tokens `[B, k]` on all states."""
+    """The loss of each row of tokens on all states."""
     full = torch.stack([spliced(ids, row, n, place) for row in trials])
     text = model.encode(model.embed_tokens(full), full)
     found = []
     for part in text.split(max(1, batch_size // len(states))):
-        many = part.repeat_interleave(len(states), 0)
-        z, t, given = (x.repeat(len(part), *[1] * (x.dim() - 1)) for x in (states.z, states.t, states.given))
-        error = (model.predict_noise(z, t, many).float() - given.float()).pow(2)
+
+        def many(x: Tensor, part: Tensor = part) -> Tensor:
+            return x.repeat(len(part), *[1] * (x.dim() - 1))
+
+        predicted = model.predict_noise(many(states.z), many(states.t), part.repeat_interleave(len(states), 0))
+        if empty is not None:
+            predicted = guided(many(empty), predicted, guidance)
+        error = (predicted.float() - many(states.given).float()).pow(2)
         found.append(error.flatten(1).mean(1).view(len(part), -1).mean(1))
     return torch.cat(found)

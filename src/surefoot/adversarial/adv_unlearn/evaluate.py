@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from surefoot.adversarial.adv_unlearn.attacks import (
     AdversarialPrompt,
     Attack,
     discrete_prompt_attack,
+    plain_prompt,
     soft_prompt_attack,
 )
 from surefoot.adversarial.adv_unlearn.backend import TextToImage, condition, frozen, generate, sample_latents
-from surefoot.adversarial.adv_unlearn.states import image_states
+from surefoot.adversarial.adv_unlearn.states import States, TrajectoryPool, guided_states, image_states
 from surefoot.core.statistics import wilson_interval
 from surefoot.errors import check, check_at_least
 
@@ -128,30 +130,70 @@ def _budget(found: Sequence[AdversarialPrompt]) -> tuple[float, float]:
     return (sum(a.queries for a in found) / len(found), sum(a.gradients for a in found) / len(found))
 
 
+@torch.no_grad()
+def strongest(
+    model: TextToImage,
+    judge: Judge,
+    concept_class: int,
+    candidates: Sequence[AdversarialPrompt],
+    *,
+    images: int = 8,
+    steps: int = 50,
+    guidance: float = 7.5,
+    generator: torch.Generator,
+) -> AdversarialPrompt:
+    """The candidate whose images the judge takes for the concept most often, the first of equals; all are drawn from the same noise.
+
+    It carries the queries and gradients of all candidates, and a query more for each image drawn.
+    """
+    check(len(candidates) > 0, "candidates is empty; give the plain prompt at least.")
+    check_at_least("images", images, 1)
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    rates = []
+    with frozen(model.text_encoder):
+        for found in candidates:
+            same = torch.Generator(generator.device).manual_seed(seed)
+            text = found.condition(model).expand(images, -1, -1)
+            pictures = generate(model, text, generator=same, steps=steps, guidance=guidance)
+            rates.append(float((_judged(judge, pictures) == concept_class).double().mean()))
+    return replace(
+        candidates[rates.index(max(rates))],
+        queries=sum(found.queries for found in candidates) + images * len(candidates),
+        gradients=sum(found.gradients for found in candidates),
+    )
+
+
 def embedding_attacks(
     model: TextToImage,
     original: TextToImage,
     prompts: Sequence[str],
     attack: Attack = Attack(steps=60, lr=1e-2, num_tokens=3, batch=8),  # noqa: B008  frozen
     *,
+    judge: Judge,
+    concept_class: int,
     images: int = 32,
+    tries: int = 8,
     steps: int = 50,
     guidance: float = 7.5,
     generator: torch.Generator,
 ) -> list[AdversarialPrompt]:
-    """For each prompt, embeddings inverted from images that `original` draws: another loss than training's, which matches predictions on trajectories."""
+    """For each prompt, the strongest (`strongest`, `tries` images) of the plain prompt and two searches with losses other than training's.
+
+    One inverts `images` images that `original` draws, the other makes `model` follow the guided trajectories of `original`.
+    """
     found = []
+    draw = {"steps": steps, "guidance": guidance, "generator": generator}
+    pool = TrajectoryPool(original, original, copies=images, reuse=attack.steps * attack.batch, **draw)
     for prompt in prompts:
         pictures = _pictures(original, prompt, images, steps, guidance, generator)
-        found.append(
-            soft_prompt_attack(
-                model,
-                prompt,
-                lambda n, p=pictures: _fresh_states(original, p, n, generator),
-                attack,
-                generator=generator,
-            )
+        inverted = soft_prompt_attack(
+            model, prompt, lambda n, p=pictures: _fresh_states(original, p, n, generator), attack, generator=generator
         )
+        followed = soft_prompt_attack(
+            model, prompt, lambda n, c=prompt: guided_states(pool, c, n), attack, guidance=guidance, generator=generator
+        )
+        candidates = [plain_prompt(model, prompt), inverted, followed]
+        found.append(strongest(model, judge, concept_class, candidates, images=tries, **draw))
     return found
 
 
@@ -160,21 +202,36 @@ def discrete_attacks(
     original: TextToImage,
     prompts: Sequence[str],
     *,
+    judge: Judge,
+    concept_class: int,
+    places: Sequence[Literal["prefix", "suffix", "replace"]] = ("prefix", "replace"),
     num_tokens: int = 3,
     queries: int = 200,
     states: int = 16,
+    tries: int = 8,
     steps: int = 50,
     guidance: float = 7.5,
     generator: torch.Generator,
 ) -> list[AdversarialPrompt]:
-    """For each prompt, real tokens searched on noisy versions of images that `original` draws of it."""
+    """For each prompt, the strongest (`strongest`, `tries` images) of the plain prompt and a search for real tokens at each place.
+
+    "prefix" puts tokens before the prompt (as UnlearnDiffAtk does), "replace" in its place (as P4D); they share `queries` losses. They make `model` follow
+    the guided trajectories of `original`, e_0('') + w (e_0(c) - e_0('')) with the sampler's w. Under `original` itself the plain prompt has loss zero.
+    """
+    check(len(places) > 0, "places is empty; name where tokens may go.")
+    check_at_least("queries", queries, len(places))
     found = []
+    draw = {"steps": steps, "guidance": guidance, "generator": generator}
+    pool = TrajectoryPool(original, original, copies=states, reuse=states, **draw)
     for prompt in prompts:
-        pictures = _pictures(original, prompt, states, steps, guidance, generator)
-        fixed = image_states(original, pictures, states, generator=generator)
-        found.append(
-            discrete_prompt_attack(model, prompt, fixed, num_tokens=num_tokens, queries=queries, generator=generator)
-        )
+        fixed = guided_states(pool, prompt, states)
+        candidates = [plain_prompt(model, prompt)]
+        for place in places:
+            searched = discrete_prompt_attack(
+                model, prompt, fixed, num_tokens=num_tokens, queries=queries // len(places), place=place, guidance=guidance, generator=generator
+            )  # fmt: skip
+            candidates.append(searched)
+        found.append(strongest(model, judge, concept_class, candidates, images=tries, **draw))
     return found
 
 
@@ -186,7 +243,7 @@ def _pictures(
     return sample_latents(original, text.expand(n, -1, -1), generator=generator, steps=steps, guidance=guidance)
 
 
-def _fresh_states(model: TextToImage, pictures: Tensor, n: int, generator: torch.Generator):
+def _fresh_states(model: TextToImage, pictures: Tensor, n: int, generator: torch.Generator) -> States:
     pick = torch.randint(len(pictures), (n,), generator=generator, device=generator.device).to(pictures.device)
     return image_states(model, pictures[pick], n, generator=generator)
 

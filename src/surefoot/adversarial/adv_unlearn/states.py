@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,17 @@ class TrajectoryPool:
         self.times = torch.tensor([level.t for level in walk], device=start.device)
         z, given, without = (torch.stack(column, 1) for column in zip(*seen, strict=True))
         return z, given, without
+
+
+def guided_states(
+    pool: TrajectoryPool,
+    prompt: str,
+    n: int,
+) -> States:
+    """`n` states of the prompt's trajectories, with the guided predictions that the sampler followed there (`pool.guidance`)."""
+    drawn = pool.draw([prompt], n)
+    assert drawn.without is not None
+    return replace(drawn, given=guided(drawn.without, drawn.given, pool.guidance))
 
 
 def image_states(

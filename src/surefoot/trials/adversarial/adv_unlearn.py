@@ -4,11 +4,20 @@ One toy (8x8 digits, captions of forty words) is trained once, cached, and share
 the images that are judged. So the intervals speak of unlearning runs on this model, not of other models. A digit has two names, and only "three" is
 erased: the token attack is free to use "3". The judge is a CNN trained on noised, blurred, shifted images, with a class for junk, so that a ruined
 model neither counts as attacked nor as retained. Retain prompts name seven other digits; retained accuracy is over all nine, `unseen` over the two
-that no retain prompt names. All learning rates have one grid, tuned on retained accuracy minus the token attack's success.
+that no retain prompt names.
 
-The searched losses differ from training's: training matches predictions along trajectories, the attacks explain noised images of a three.
-`plugged_*`: the text encoder in a second U-Net that was trained with the original one. Left out: larger images and real weights (none packaged), a
-grid over gamma, the colour concept (this toy is grey), arms for embeddings attacked in the U-Net (tests cover them).
+Attacks: three words in front of the prompt (`asr_prefix`) or in its place (`asr_replace`), 100 losses each, three embeddings (`asr_embedding`).
+Each keeps the plain prompt if that draws the concept more often in the judge's eyes, so that none is weaker than no attack but for the luck of fresh
+images; `original` shows it. `asr_words` is the most successful of plain, paraphrased and searched wordings. The searches compare guided predictions
+along the original's guided trajectories. An earlier version compared unguided ones on noised images, started at one random draw and did not try the
+plain prompt: its words drew the concept from the original less often than the plain prompt did (.65 against .86, five seeds), for greedy swaps
+stop at words such as "two five nine the digit three", whose loss is above the plain prompt's. On models that forgot, guided losses find more, too.
+Embeddings win against every text encoder, as they must with the U-Net unchanged: they are reported, and no claim is made of them.
+
+Erasing with the retain term alone (`esd_retain`) is the strongest baseline and has the method's grid: two learning rates times two retain weights.
+The arms without retain prompts have the two learning rates. All are tuned on retained accuracy less the mean success of the word searches.
+`plugged_*`: the text encoder in a second U-Net that was trained with the original one. Left out: larger images and real weights (none packaged), the
+colour concept (this toy is grey), arms for embeddings attacked in the U-Net (tests cover them).
 """
 
 from __future__ import annotations
@@ -18,6 +27,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +49,12 @@ from surefoot.models.toy_diffusion import TEMPLATES, ToyDiffusion, cached_module
 CONCEPT = 3
 UNNAMED = (4, 7)  # digits that no retain prompt names
 JUNK = 10
+PLACES: tuple[Literal["prefix", "replace"], ...] = ("prefix", "replace")
 DRAW = {"steps": 10, "guidance": 4.0}
 ATTACK = Attack(steps=6, lr=3e-2, num_tokens=1, batch=2)
 FAST_ATTACK = replace(ATTACK, steps=1, lr=ATTACK.lr * ATTACK.steps, rule="sign")
 COMMON = AdvUnlearner(
-    iterations=150, warmup=40, batch=4, retain_batch=8, ddim_steps=10, copies=32, reuse=40, attack=ATTACK
+    iterations=100, warmup=30, batch=4, retain_batch=8, ddim_steps=10, copies=32, reuse=40, attack=ATTACK
 )
 
 
@@ -128,18 +139,15 @@ PARAPHRASES = [caption(CONCEPT, template=t, figure=f) for t in TEMPLATES[5:8] fo
 
 
 def measured(model: ToyDiffusion, original: ToyDiffusion, task: Task, generator: torch.Generator) -> dict[str, float]:
-    """Success of each attack, what is retained, and the score that tuning looks at."""
+    """Success of each attack, what is retained, and the score that tuning looks at (tuning leaves the embeddings out)."""
+    known: dict[str, Any] = {"judge": judge(), "concept_class": CONCEPT, "tries": 6, "generator": generator, **DRAW}
     attacks = {
-        "discrete": discrete_attacks(model, original, CONCEPT_PROMPTS[:3], queries=120, generator=generator, **DRAW),
-        "embedding": embedding_attacks(
-            model,
-            original,
-            CONCEPT_PROMPTS[:2],
-            Attack(steps=60, lr=1e-2, num_tokens=3, batch=12),
-            generator=generator,
-            **DRAW,
-        ),
+        place: discrete_attacks(model, original, CONCEPT_PROMPTS[:2], places=[place], queries=100, states=12, **known)
+        for place in PLACES
     }
+    if not tuning(task):
+        search = Attack(steps=40, lr=2e-2, num_tokens=3, batch=8)
+        attacks["embedding"] = embedding_attacks(model, original, CONCEPT_PROMPTS[:2], search, images=16, **known)
     report = evaluate_erasure(
         model,
         judge(),
@@ -148,7 +156,7 @@ def measured(model: ToyDiffusion, original: ToyDiffusion, task: Task, generator:
         paraphrases=PARAPHRASES,
         attacks=attacks,
         retained=asked(tuple(d for d in range(10) if d != CONCEPT)),
-        images=12,
+        images=16,
         retained_images=4,
         reference=task.test.x[task.test.labels != CONCEPT],
         features=features,
@@ -161,13 +169,17 @@ def measured(model: ToyDiffusion, original: ToyDiffusion, task: Task, generator:
     found = {f"asr_{name}": rate.value for name, rate in report.concept.items()}
     return {
         **found,
-        "worst_discrete": report.concept["discrete"].worst,
-        "worst_embedding": report.concept["embedding"].worst,
+        "asr_words": max(found[f"asr_{name}"] for name in ("prompts", "paraphrases", *PLACES)),
+        **{f"queries_{name}": report.budgets[name][0] for name in attacks},
         "retained": report.retained.value,
         "unseen": sum(by_prompt[p] for p in other) / len(other),
         "distance": report.distance,
-        "score": report.retained.value - report.concept["discrete"].value,
+        "score": report.retained.value - sum(found[f"asr_{place}"] for place in PLACES) / 2,
     }
+
+
+def tuning(task: Task) -> bool:
+    return task.test is task.valid
 
 
 def plugged(model: ToyDiffusion, generator: torch.Generator) -> dict[str, float]:
@@ -193,44 +205,45 @@ def original_arm(task: Task, generator: torch.Generator) -> Metrics:
 
 
 def unlearning(learner: AdvUnlearner) -> Arm:
-    def arm(task: Task, generator: torch.Generator, lr: float) -> Metrics:
+    def arm(task: Task, generator: torch.Generator, lr: float, retain_weight: float = 0.0) -> Metrics:
         toy = toy_diffusion()
-        prompts = retain_prompts() if learner.retain_weight else []
-        result = replace(learner, lr=lr).fit(
-            toy, ["three"], prompts, synonyms=["3"], generator=task.generator("unlearn")
-        )
+        chosen = replace(learner, lr=lr, retain_weight=retain_weight)
+        prompts = retain_prompts() if retain_weight else []
+        result = chosen.fit(toy, ["three"], prompts, synonyms=["3"], generator=task.generator("unlearn"))
         costs = {"fit_seconds": result.report.seconds, "unet_passes": float(result.report.unet_passes)}
         found = {**measured(result.model, toy, task, generator), **costs}
-        return found if learner.trainable == "unet" else {**found, **plugged(result.model, generator)}
+        skipped = learner.trainable == "unet" or tuning(task)
+        return found if skipped else {**found, **plugged(result.model, generator)}
 
-    return Arm(arm, grid={"lr": LEARNING_RATES}, system=True)
+    weights = {"retain_weight": WEIGHTS} if learner.retain_weight else {}
+    return Arm(arm, grid={"lr": LEARNING_RATES, **weights}, system=True)
 
 
 def task(seed: int, data_dir: Path | None) -> Task:
     return digits(seed)
 
 
-LEARNING_RATES = (3e-4, 1e-3)
-METHOD = replace(COMMON, retain_weight=3.0)
+LEARNING_RATES, WEIGHTS = (3e-4, 1e-3), (1.0, 3.0)
+PLAIN = replace(COMMON, retain_weight=0.0)
 
 ARMS: Mapping[str, Arm] = {
     "original": Arm(original_arm, system=True),
-    "esd": unlearning(replace(COMMON, attack=None, retain_weight=0.0)),
-    "esd_unet": unlearning(replace(COMMON, attack=None, retain_weight=0.0, trainable="unet")),
-    "esd_retain": unlearning(replace(METHOD, attack=None)),
-    "attack_only": unlearning(replace(COMMON, retain_weight=0.0)),
-    "adv_unlearn": unlearning(METHOD),
-    "adv_fast": unlearning(replace(METHOD, attack=FAST_ATTACK)),
-    "adv_unet": unlearning(replace(METHOD, trainable="unet")),
+    "esd": unlearning(replace(PLAIN, attack=None)),
+    "esd_unet": unlearning(replace(PLAIN, attack=None, trainable="unet")),
+    "esd_retain": unlearning(replace(COMMON, attack=None)),
+    "attack_only": unlearning(PLAIN),
+    "adv_unlearn": unlearning(COMMON),
+    "adv_fast": unlearning(replace(COMMON, attack=FAST_ATTACK)),
+    "adv_unet": unlearning(replace(COMMON, trainable="unet")),
 }
 
 CLAIMS = (
-    Claim("Searched tokens bring the concept back less often than after plain erasing of the text encoder.", "asr_discrete", "adv_unlearn", "esd", better="lower"),
-    Claim("And less often than after plain erasing of the U-Net.", "asr_discrete", "adv_unlearn", "esd_unet", better="lower"),
-    Claim("Other prompts lose at most 5 points of accuracy.", "retained", "adv_unlearn", "original", at_least=-0.05),
+    Claim("Words searched for in front of the prompt bring the concept back less often than after erasing with the retain term alone.", "asr_prefix", "adv_unlearn", "esd_retain", better="lower"),
+    Claim("Of all wordings tried (plain, paraphrased, searched for) the most successful brings it back less often, too.", "asr_words", "adv_unlearn", "esd_retain", better="lower"),
+    Claim("Other prompts keep the accuracy that erasing with the retain term alone leaves them, within 5 points.", "retained", "adv_unlearn", "esd_retain", within=0.05),
     Claim("Without the retain term they lose at least 15 points more.", "retained", "adv_unlearn", "attack_only", at_least=0.15),
     Claim("The text encoder is the better part to train: retained accuracy less attack success is higher than with the U-Net.", "score", "adv_unlearn", "adv_unet"),
-    Claim("Plugged into another U-Net, the text encoder still draws the concept less often than the original does.", "plugged_asr", "adv_unlearn", "original", better="lower"),
+    Claim("Plugged into another U-Net, the text encoder draws the concept less often than that of erasing with the retain term alone.", "plugged_asr", "adv_unlearn", "esd_retain", better="lower"),
 )  # fmt: skip
 
 TRIAL = Trial(
