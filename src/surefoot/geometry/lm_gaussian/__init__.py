@@ -13,6 +13,7 @@ Source: Hanyang Yu, Xiaoxiao Long, Ping Tan, "LM-Gaussian: Boost Sparse-view 3D 
 
 from surefoot.geometry.lm_gaussian.align import GlobalAlignment, align_pointmaps
 from surefoot.geometry.lm_gaussian.clean import clean_cloud, clean_confidence, cloud_of
+from surefoot.geometry.lm_gaussian.diffusers_repair import ControlNetParts, DiffusersControlNetRepair
 from surefoot.geometry.lm_gaussian.enhance import TemporalFilterEnhance, enhance_video, render_path, smooth_path
 from surefoot.geometry.lm_gaussian.evaluate import refine_pose, score_pose_free, score_views
 from surefoot.geometry.lm_gaussian.losses import (
@@ -39,7 +40,7 @@ from surefoot.geometry.lm_gaussian.train import (
 )
 
 __all__ = [
-    "Budget", "GlobalAlignment", "LMGaussianResult", "MultiModalLoss", "MultiView", "OracleMonoPrior", "OracleStereoPrior", "PairPointmaps",
+    "Budget", "ControlNetParts", "DiffusersControlNetRepair", "GlobalAlignment", "LMGaussianResult", "MultiModalLoss", "MultiView", "OracleMonoPrior", "OracleStereoPrior", "PairPointmaps",
     "PatchDenoiserRepair", "Rates", "Switches", "TemporalFilterEnhance", "align_pointmaps", "all_pairs", "camera_tour", "clean_cloud",
     "clean_confidence", "cloud_of", "collect_repair_pairs", "distance_weight", "enhance_video", "local_pearson_loss", "normal_loss",
     "pearson_depth_loss", "photometric_loss", "reconstruct", "refine", "refine_pose", "render_path", "render_points", "repaired_views",
