@@ -219,12 +219,12 @@ COURTYARD: tuple[Shape, ...] = (
 )
 
 
-def courtyard360(size: int = 48, *, train: int = 8, test: int = 24) -> Scene:
-    """A walk around: `train` cameras evenly on a ring of radius 2.5, `test` cameras between them at other angles."""
+def courtyard360(size: int = 48, *, train: int = 8, test: int = 24, turn: float = 0.0) -> Scene:
+    """A walk around: `train` cameras evenly on a ring of radius 2.5, `test` cameras between them at other angles; `turn` (radians) moves them all."""
     check_at_least("size", size, 16)
     check_at_least("train", train, 2)
-    known = [2 * math.pi * i / train for i in range(train)]
-    held_out = [2 * math.pi * (i + 0.37) / test for i in range(test)]
+    known = [turn + 2 * math.pi * i / train for i in range(train)]
+    held_out = [turn + 2 * math.pi * (i + 0.37) / test for i in range(test)]
     return Scene("courtyard360", COURTYARD, _ring("train", known, size), _ring("test", held_out, size))
 
 

@@ -73,10 +73,13 @@ def scene_to_dict(scene: GaussianScene, course: Course) -> dict[str, Any]:
     return {
         **{name: getattr(scene, name).detach() for name in NAMES}, "filter_3d": scene.filter_3d, "active_degree": scene.active_degree,
         "early": [(k, image) for k, image in course.early], "history": json.dumps(course.history), "steps": course.steps,
+        "cameras": cameras_to_dict(course.cameras) if course.cameras else None,
     }  # fmt: skip
 
 
 def scene_from_dict(saved: dict[str, Any]) -> tuple[GaussianScene, Course]:
     scene = GaussianScene(*(saved[name] for name in NAMES))
     scene.filter_3d, scene.active_degree = saved["filter_3d"], int(saved["active_degree"])
-    return scene, Course(json.loads(saved["history"]), [tuple(pair) for pair in saved["early"]], int(saved["steps"]))
+    cameras = () if saved["cameras"] is None else cameras_from_dict(saved["cameras"])
+    early = [tuple(pair) for pair in saved["early"]]
+    return scene, Course(json.loads(saved["history"]), early, int(saved["steps"]), cameras)

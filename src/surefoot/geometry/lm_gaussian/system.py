@@ -107,6 +107,7 @@ class Start:
     depths: Tensor | None
     cleaned: Cleaned | None
     report: dict[str, Any]
+    aligned: Tensor | None = None  # [V, H, W], the depths before the cleaning put the background in its place
 
 
 def start_to_dict(start: Start) -> dict[str, Any]:
@@ -219,7 +220,7 @@ def _cleaned(
         cleaned, keep, depths = None, known, fit.depths
     cloud = cloud_of(depths, keep, images, fit.w2c, fit.K, at_most=budget.splats, generator=generator)
     report["points"] = len(cloud.points)
-    return Start(cameras, registered, cloud, depths, cleaned, report)
+    return Start(cameras, registered, cloud, depths, cleaned, report, fit.depths)
 
 
 def _thin(cloud: PointCloud, at_most: int, generator: torch.Generator) -> PointCloud:
@@ -238,10 +239,11 @@ def train_scene(
     mode: Mode = "360",
     switches: Switches,
     budget: Budget,
+    optimize_poses: bool = False,
     generator: torch.Generator,
     on_step: Callable[[int, int, Record], None] | None = None,
 ) -> tuple[GaussianScene, Course]:
-    """Stage 1."""
+    """Stage 1. With `optimize_poses` the cameras move too, and `Course.cameras` holds where they end."""
     check_choice("mode", mode, ("360", "forward"))
     scene = GaussianScene.from_points(start.cloud.points, start.cloud.rgb, degree=budget.sh_degree)
     multi = MultiModalLoss(
@@ -251,7 +253,7 @@ def train_scene(
     virtual = None
     if switches.virtual_views and len(start.cameras) >= 2:
         virtual = views_of_cloud(start.cloud, between(start.cameras, budget.virtual_per_gap, mode), weight=0.6 if mode == "360" else 0.3, radius=budget.point_radius)  # fmt: skip
-    course = train_splats(scene, start.cameras, images, steps=budget.steps, generator=generator, rates=budget.rates, multi=multi, virtual=virtual, sh_every=max(1, budget.steps // 12) if budget.sh_degree else None, filter_every=budget.filter_every, keep_early=budget.keep_early, on_step=on_step)  # fmt: skip
+    course = train_splats(scene, start.cameras, images, steps=budget.steps, generator=generator, rates=budget.rates, multi=multi, virtual=virtual, sh_every=max(1, budget.steps // 12) if budget.sh_degree else None, filter_every=budget.filter_every, keep_early=budget.keep_early, optimize_poses=optimize_poses, on_step=on_step)  # fmt: skip
     return scene, course
 
 
@@ -275,6 +277,7 @@ def reconstruct(
     mode: Mode = "360",
     switches: Switches | None = None,
     budget: Budget | None = None,
+    optimize_poses: bool = False,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     stages: StageStore | None = None,
@@ -284,7 +287,7 @@ def reconstruct(
     With `stages` every finished stage is kept on disk, and a run that asks the same goes on from there.
 
     `stereo_prior` finds the poses; the others are optional, and the report names those that were used. `mode` is "360" for a walk around, "forward"
-    for views that look one way. Raises `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
+    for views that look one way; `optimize_poses` moves the cameras together with the splats of stage 1. Raises `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
     """
     switches, budget = switches or Switches(), budget or Budget()
     check_choice("mode", mode, ("360", "forward"))
@@ -309,11 +312,13 @@ def reconstruct(
     normals = None if normal_prior is None else torch.stack([normal_prior.predict(k, images[k]) for k in chosen])
     saved = None if stages is None else stages.get("train", generator)
     if saved is None:
-        scene, course = train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=mode, switches=switches, budget=budget, generator=generator, on_step=tell("train"))  # fmt: skip
+        scene, course = train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=mode, switches=switches, budget=budget, optimize_poses=optimize_poses, generator=generator, on_step=tell("train"))  # fmt: skip
         if stages is not None:
             stages.put("train", scene_to_dict(scene, course), generator)
     else:
         scene, course = scene_from_dict(saved)
+    if course.cameras:
+        start = replace(start, cameras=course.cameras)
     history = list(course.history)
     if switches.repair and repair_prior is not None:
         saved = None if stages is None else stages.get("refine", generator)

@@ -23,6 +23,7 @@ from surefoot.geometry.lm_gaussian.losses import (
     photometric_loss,
     render_points,
 )
+from surefoot.geometry.lm_gaussian.poses import PoseIncrements
 from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior
 from surefoot.nn.geometry.cameras import Camera, scene_extent
 from surefoot.nn.geometry.densification import DensificationStrategy, change_rows, splat_optimizer
@@ -32,6 +33,10 @@ from surefoot.nn.geometry.rasterizer import RenderOut, depth_normals, rasterize
 from surefoot.nn.geometry.splats import GaussianScene
 
 FULL = 30_000  # the schedule that rates and switch points are written for
+EARLY = (
+    50,
+    1000,
+)  # steps whose renderings are kept as faulty; before them opacities rise from 0.1, and a repair model would learn to brighten
 Terms = Mapping[str, Tensor]
 Record = dict[str, float]
 
@@ -65,6 +70,7 @@ class Course:
         default_factory=list
     )  # (photo, its rendering) from the first steps: pairs for the repair model
     steps: int = 0
+    cameras: tuple[Camera, ...] = ()  # where the optimised poses ended; empty if they were not optimised
 
 
 class MultiModalLoss(nn.Module):
@@ -156,13 +162,16 @@ def train_splats(
     prune_every: int | None = None,
     prune_below: float = 0.02,
     keep_early: int = 0,
+    optimize_poses: bool = False,
+    pose_rate: float = 1e-4,
     on_step: Callable[[int, int, Record], None] | None = None,
 ) -> Course:
     """Train a scene in place on photos.
 
     - `schedule`: the length that rates decay over (default: this run); `first_step` is where on it the run begins.
     - `sh_every`: raise the harmonics' degree so often; `filter_every`: renew the 3D smoothing filter so often (None: off).
-    - `keep_early`: how many renderings a photo to keep from the first thirtieth of the run, as degraded halves of repair pairs.
+    - `keep_early`: how many renderings a photo to keep from the steps `EARLY`, as degraded halves of repair pairs.
+    - `optimize_poses`: move the cameras too, at a rate that falls from `pose_rate` to a hundredth of it; `Course.cameras` holds where they end.
     - `on_step(step, steps, record)`: progress; exceptions from it (an interruption) leave the scene as it is.
     """
     check(
@@ -175,8 +184,10 @@ def train_splats(
     extent = scene_extent(torch.stack([c.centre for c in cameras]))
     optimizer = splat_optimizer(scene, extent, means=rates.means, log_scales=rates.log_scales, quats=rates.quats, opacity=rates.opacity, sh=rates.sh)  # fmt: skip
     background = scene.means.new_zeros(3) if background is None else background
+    poses = PoseIncrements(cameras) if optimize_poses else None
+    pose_optimizer = None if poses is None else torch.optim.Adam(poses.parameters(), pose_rate)
     course, queue = Course(steps=steps), []
-    early_until = max(1, round(schedule / 30))
+    early_from, early_until = min(EARLY[0], steps // 3), EARLY[1]
     for step in range(first_step, first_step + steps):
         optimizer.param_groups[0]["lr"] = rates.means * extent * rates.means_end ** (step / max(1, schedule))
         if filter_every and step % filter_every == 0:
@@ -185,20 +196,27 @@ def train_splats(
             scene.active_degree = min(scene.degree, scene.active_degree + 1)
         queue = queue or torch.randperm(len(images), generator=generator).tolist()
         photo = queue.pop()
-        out = rasterize(scene, cameras[photo], background, normals=multi is not None and multi.needs_normals)
+        camera = cameras[photo] if poses is None else poses.camera(photo)
+        out = rasterize(scene, camera, background, normals=multi is not None and multi.needs_normals)
         terms: dict[str, Tensor] = {"photometric": photometric_loss(out.rgb, images[photo])}
         if multi is not None:
-            terms |= multi(out, cameras[photo], photo, generator)
+            terms |= multi(out, camera, photo, generator)
         if virtual is not None:
             terms["virtual"] = virtual.term(scene, background, generator)
+        if poses is not None:
+            terms["poses"] = poses.penalty()
         loss = torch.stack([t.reshape(()) for t in terms.values()]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if keep_early and step < early_until and sum(k == photo for k, _ in course.early) < keep_early:
+        if keep_early and early_from <= step < early_until and sum(k == photo for k, _ in course.early) < keep_early:
             course.early.append((photo, out.rgb.detach()))
         if strategy is not None:
             strategy.observe(out, cameras[photo].width, cameras[photo].height)
         optimizer.step()
+        if pose_optimizer is not None:
+            pose_optimizer.param_groups[0]["lr"] = pose_rate * 0.01 ** (step / max(1, schedule))
+            pose_optimizer.step()
+            pose_optimizer.zero_grad(set_to_none=True)
         if strategy is not None:
             strategy.step(scene, optimizer, step, extent, generator)
         if prune_every and step and step % prune_every == 0:
@@ -206,6 +224,8 @@ def train_splats(
             if 2 <= int(keep.sum()) < len(scene):
                 change_rows(scene, optimizer, keep)
         _record(course, step, first_step + steps, terms, out, images[photo], len(scene), on_step)
+    if poses is not None:
+        course.cameras = poses.final()
     return course
 
 
