@@ -165,17 +165,19 @@ class ModeChoice(StrEnum):
     forward = "forward"
 
 
-class RepairChoice(StrEnum):
-    patch = "patch"
-    none = "none"
-
-
 @app.command()
 def reconstruct(
     photos: Annotated[Path, typer.Argument(help="Folder of three to sixteen photos of one place.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the scene.")] = Path("scene"),
     mode: Annotated[ModeChoice, typer.Option(help="A walk around, or views that look one way.")] = ModeChoice.around,
-    repair: Annotated[RepairChoice, typer.Option(help="Who repairs virtual views.")] = RepairChoice.patch,
+    stereo: Annotated[str, typer.Option(help="Who finds poses and depths: colmap, dust3r:PATH, vggt:PATH.")] = "colmap",
+    depth: Annotated[str, typer.Option(help="Who guesses depth from one photo: none, marigold:PATH.")] = "none",
+    normals: Annotated[str, typer.Option(help="Who guesses normals from one photo: none, marigold:PATH.")] = "none",
+    repair: Annotated[str, typer.Option(help="Who repairs virtual views: patch, none, diffusers:PATH.")] = "patch",
+    enhance: Annotated[str, typer.Option(help="Who enhances the video: temporal, none, diffusers:PATH.")] = "temporal",
+    prompt: Annotated[str | None, typer.Option(help="One sentence on the place, for --repair diffusers:PATH.")] = None,
+    device: Annotated[str, typer.Option(help="Where models given by PATH run: cpu, cuda, ...")] = "cpu",
+    trust: Annotated[bool, typer.Option("--trust", help="Unpickle a network that comes as a pickle.")] = False,
     eval_every: Annotated[int | None, typer.Option(help="Hold every n-th photo out, to tell how good it is.")] = None,
     size: Annotated[int, typer.Option(help="Longer side of the pictures that train the splats.")] = 96,
     steps: Annotated[int | None, typer.Option(help="Training steps in all.")] = None,
@@ -187,9 +189,12 @@ def reconstruct(
     """Turn a handful of photos into a 3D scene of Gaussian splats, with a path through it and a report."""
     from surefoot.cli.reconstruct import run_reconstruct
 
+    named = {
+        "stereo": stereo, "depth": depth, "normals": normals, "repair": repair, "enhance": enhance, "prompt": prompt, "device": device, "trust": trust,
+    }  # fmt: skip
     run_reconstruct(
-        photos, out, mode=mode.value, repair=repair.value == "patch", eval_every=eval_every, size=size, steps=steps, splats=splats,
-        crop=crop, seed=seed, as_json=as_json,
+        photos, out, mode=mode.value, named=named, eval_every=eval_every, size=size, steps=steps, splats=splats, crop=crop, seed=seed,
+        as_json=as_json,
     )  # fmt: skip
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -15,16 +17,18 @@ from surefoot.errors import check_at_least
 STAGES = {
     "poses": "finding the cameras",
     "align": "aligning",
+    "fit": "fitting the repair model",
     "train": "training splats",
     "refine": "refining with repaired views",
 }
 
 
 def run_reconstruct(
-    photos: Path, out: Path, *, mode: str, repair: bool, eval_every: int | None, size: int, steps: int | None, splats: int | None, crop: bool,
-    seed: int, as_json: bool,
+    photos: Path, out: Path, *, mode: str, named: Mapping[str, Any], eval_every: int | None, size: int, steps: int | None, splats: int | None,
+    crop: bool, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
-    from surefoot.geometry.lm_gaussian import Budget, PatchDenoiserRepair, Switches
+    from surefoot.geometry.lm_gaussian import Budget, Switches
+    from surefoot.geometry.lm_gaussian.backends import load_backends
     from surefoot.geometry.lm_gaussian.outputs import save_result
     from surefoot.geometry.lm_gaussian.photos import read_photos
     from surefoot.geometry.lm_gaussian.run import reconstruct_photos
@@ -49,10 +53,13 @@ def run_reconstruct(
         def tell(stage: str, step: int, total: int) -> None:
             bar.update(line, completed=step, total=total, description=STAGES.get(stage, stage))
 
+        bar.update(line, description="loading models")
+        chosen = load_backends(**named)
+        if getattr(chosen.repair, "on_step", 0) is None:
+            chosen.repair.on_step = lambda step, total, loss: tell("fit", step, total)  # type: ignore[union-attr]
         result, held, small = reconstruct_photos(
             found.images, found.names, size=size, mode=mode, eval_every=eval_every,  # type: ignore[arg-type]
-            repair_prior=PatchDenoiserRepair(widths=(16, 32, 48), batch=16) if repair else None, switches=Switches(repair=repair, rounds=2),
-            budget=budget, seed=seed, folder=out, progress=tell,
+            backends=chosen, switches=Switches(repair=chosen.repair is not None, rounds=2), budget=budget, seed=seed, folder=out, progress=tell,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if held is not None:

@@ -12,10 +12,11 @@ Source: Hanyang Yu, Xiaoxiao Long, Ping Tan, "LM-Gaussian: Boost Sparse-view 3D 
 """
 
 from surefoot.geometry.lm_gaussian.align import GlobalAlignment, align_pointmaps
+from surefoot.geometry.lm_gaussian.backends import Backends, load_backends
 from surefoot.geometry.lm_gaussian.clean import clean_cloud, clean_confidence, cloud_of
 from surefoot.geometry.lm_gaussian.diffusers_repair import ControlNetParts, DiffusersControlNetRepair
 from surefoot.geometry.lm_gaussian.enhance import TemporalFilterEnhance, enhance_video, render_path, smooth_path
-from surefoot.geometry.lm_gaussian.evaluate import refine_pose, score_pose_free, score_views
+from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_pose_free, score_views
 from surefoot.geometry.lm_gaussian.losses import (
     camera_tour,
     distance_weight,
@@ -26,6 +27,7 @@ from surefoot.geometry.lm_gaussian.losses import (
     render_points,
     virtual_cameras,
 )
+from surefoot.geometry.lm_gaussian.networks import Dust3rPrior, MarigoldDepthPrior, MarigoldNormalsPrior, VggtPrior
 from surefoot.geometry.lm_gaussian.priors import MultiView, PairPointmaps, all_pairs
 from surefoot.geometry.lm_gaussian.repair import PatchDenoiserRepair
 from surefoot.geometry.lm_gaussian.simulated import OracleMonoPrior, OracleStereoPrior
@@ -38,11 +40,14 @@ from surefoot.geometry.lm_gaussian.train import (
     repaired_views,
     train_splats,
 )
+from surefoot.geometry.lm_gaussian.video import DiffusersVideoPrior
 
 __all__ = [
-    "Budget", "ControlNetParts", "DiffusersControlNetRepair", "GlobalAlignment", "LMGaussianResult", "MultiModalLoss", "MultiView", "OracleMonoPrior", "OracleStereoPrior", "PairPointmaps",
-    "PatchDenoiserRepair", "Rates", "Switches", "TemporalFilterEnhance", "align_pointmaps", "all_pairs", "camera_tour", "clean_cloud",
-    "clean_confidence", "cloud_of", "collect_repair_pairs", "distance_weight", "enhance_video", "local_pearson_loss", "normal_loss",
-    "pearson_depth_loss", "photometric_loss", "reconstruct", "refine", "refine_pose", "render_path", "render_points", "repaired_views",
-    "score_pose_free", "score_views", "smooth_path", "train_scene", "train_splats", "virtual_cameras",
+    "Backends", "Budget", "ControlNetParts", "DiffusersControlNetRepair", "DiffusersVideoPrior", "Dust3rPrior", "GlobalAlignment",
+    "LMGaussianResult", "MarigoldDepthPrior", "MarigoldNormalsPrior", "MultiModalLoss", "MultiView", "OracleMonoPrior", "OracleStereoPrior",
+    "PairPointmaps", "PatchDenoiserRepair", "Rates", "Switches", "TemporalFilterEnhance", "VggtPrior", "align_pointmaps", "all_pairs",
+    "camera_tour", "clean_cloud", "clean_confidence", "cloud_of", "collect_repair_pairs", "distance_weight", "enhance_video",
+    "load_backends", "local_pearson_loss", "normal_loss", "pearson_depth_loss", "perceptual_distance", "photometric_loss", "reconstruct", "refine",
+    "refine_pose", "render_path", "render_points", "repaired_views", "score_pose_free", "score_views", "smooth_path", "train_scene",
+    "train_splats", "virtual_cameras",
 ]  # fmt: skip

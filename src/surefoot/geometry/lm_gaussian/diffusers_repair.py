@@ -88,9 +88,10 @@ class ControlNetParts:
         d = diffusers_library()
         from transformers import CLIPTextModel, CLIPTokenizer  # type: ignore[import-not-found]
 
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         models = {
-            "vae": load_part(d.AutoencoderKL, path / "vae"), "unet": load_part(d.UNet2DConditionModel, path / "unet"),
-            "controlnet": load_part(d.ControlNetModel, control), "text_encoder": load_part(CLIPTextModel, path / "text_encoder"),
+            "vae": load_part(d.AutoencoderKL, path / "vae", **where), "unet": load_part(d.UNet2DConditionModel, path / "unet", **where),
+            "controlnet": load_part(d.ControlNetModel, control, **where), "text_encoder": load_part(CLIPTextModel, path / "text_encoder", **where),
         }  # fmt: skip
         try:
             tokenizer = CLIPTokenizer.from_pretrained(str(path / "tokenizer"), local_files_only=True)
@@ -100,7 +101,7 @@ class ControlNetParts:
         scheduler = d.DDIMScheduler.from_config(
             config, clip_sample=False, thresholding=False
         )  # latents are not bounded
-        return cls(**{k: m.to(device, dtype) for k, m in models.items()}, tokenizer=tokenizer, scheduler=scheduler, name=f"Stable Diffusion + ControlNet ({path.name})")  # fmt: skip
+        return cls(**models, tokenizer=tokenizer, scheduler=scheduler, name=f"Stable Diffusion + ControlNet ({path.name})")  # fmt: skip
 
     @property
     def device(self) -> torch.device:

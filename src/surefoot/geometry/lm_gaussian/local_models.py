@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,22 @@ def diffusers_library() -> Any:
     return diffusers
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The libraries' own progress bars off while a model is read."""
+    from diffusers.utils import logging as one  # type: ignore[import-not-found]
+    from transformers.utils import logging as two  # type: ignore[import-not-found]
+
+    shown = [library for library in (one, two) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def check_folder(folder: Path | str, parts: Sequence[str]) -> Path:
     """The folder, or one sentence about what it lacks."""
     path = Path(folder).expanduser()
@@ -50,13 +67,31 @@ def variant_of(part: Path) -> str | None:
     return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
-def load_part(kind: Any, part: Path, **options: Any) -> Any:
-    """One model of a pipeline, every weight of it from the file: what a file lacks would be random numbers."""
-    options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+def _dtype_option(dtype: torch.dtype) -> dict[str, Any]:
+    """How diffusers of this version is told a type other than float32; told so, it keeps in float32 the layers that need it."""
+    from diffusers.utils import deprecation_utils  # type: ignore[import-not-found]
+
+    if dtype == torch.float32:
+        return {}
+    return {"dtype" if hasattr(deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE") else "torch_dtype": dtype}
+
+
+def _of_type(model: Any, dtype: torch.dtype) -> Any:
+    """Cast, unless the first weight is of that type: transformers keep the type of the file."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return model if first is None or first.dtype == dtype else model.to(dtype)
+
+
+def load_part(kind: Any, part: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """One model of a pipeline, frozen, every weight of it from the file: what a file lacks would be random numbers."""
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if (variant := variant_of(part)) is not None:
         options["variant"] = variant
+    if kind.__module__.startswith("diffusers."):
+        options |= _dtype_option(dtype)
     try:
-        model, info = kind.from_pretrained(str(part), **options)
+        with without_bars():
+            model, info = kind.from_pretrained(str(part), **options)
     except Exception as error:  # whatever a malformed file makes the library raise
         raise InvalidInput(
             f"{part} cannot be read as {kind.__name__} ({_first_line(error)}); save it again."
@@ -64,7 +99,7 @@ def load_part(kind: Any, part: Path, **options: Any) -> Any:
     lost = [*info.get("missing_keys", ()), *(str(k) for k in info.get("mismatched_keys", ()))]
     if lost:
         raise InvalidInput(f"{part} lacks the weights {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}; its config.json and its weights do not belong together.")  # fmt: skip
-    return model.eval().requires_grad_(False)
+    return _of_type(model.to(device), dtype).eval().requires_grad_(False)
 
 
 def pipeline_class(folder: Path | str) -> str:
@@ -91,19 +126,23 @@ def load_pipeline(
     present = [k for k, v in index.items() if isinstance(v, list) and v[0] is not None and k not in CONFIGS]
     models = [k for k in present if k not in ("safety_checker", "feature_extractor") and not k.startswith("tokenizer")]
     check_folder(path, [k for k in models if k != "image_processor"])
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True} | _dtype_option(dtype)
     if all(variant_of(path / k) == "fp16" for k in models):
         options["variant"] = "fp16"
     if "safety_checker" in index:  # it would blank frames of a scene
         options |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = kind.from_pretrained(str(path), **options).to(device, dtype)
+        with without_bars():
+            pipeline = kind.from_pretrained(str(path), **options).to(device)
     except SurefootError:
         raise
     except Exception as error:
         raise InvalidInput(
             f"{path} cannot be read as {kind.__name__} ({_first_line(error)}); save it again."
         ) from error
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            _of_type(part, dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -121,13 +160,12 @@ def load_network(path: Path | str, *, trust: bool = False) -> Callable[..., Any]
     try:
         if file.suffix == ".pt2":
             return torch.export.load(file).module()
-        with zipfile.ZipFile(file) as archive:
-            scripted = any("/code/" in name for name in archive.namelist())
-        if scripted:
-            return torch.jit.load(file, map_location="cpu").eval()
-    except zipfile.BadZipFile:
-        pass
-    except Exception as error:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                scripted = any("/code/" in name for name in archive.namelist())
+            if scripted:
+                return torch.jit.load(file, map_location="cpu").eval()
+    except Exception as error:  # whatever a malformed archive makes torch raise
         raise InvalidInput(f"{file} cannot be read as an exported network ({_first_line(error)}); export it again.") from error  # fmt: skip
     if not trust:
         raise InvalidInput(f"{file} is a pickle or bare weights; opening a pickle may run code, so give file.py:factory, export the network, or pass --trust if you trust it.")  # fmt: skip

@@ -1,8 +1,8 @@
-"""From a folder of photos to a folder of results: the embedded backends wired together, and views held out to tell how good it is."""
+"""From a folder of photos to a folder of results: the chosen backends wired together, and views held out to tell how good it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,28 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import InvalidInput, check, check_at_least
-from surefoot.geometry.lm_gaussian.enhance import TemporalFilterEnhance
+from surefoot.geometry.lm_gaussian.backends import (
+    Answers,
+    Backends,
+    aligned,
+    ask_pairs,
+    asked,
+    first_depths,
+    oriented,
+    resized,
+)
 from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_views
-from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior, MultiView
+from surefoot.geometry.lm_gaussian.priors import MultiView
 from surefoot.geometry.lm_gaussian.stages import StageStore
-from surefoot.geometry.lm_gaussian.system import Budget, LMGaussianResult, Mode, Progress, Switches, reconstruct
+from surefoot.geometry.lm_gaussian.system import (
+    Budget,
+    LMGaussianResult,
+    Mode,
+    Progress,
+    Switches,
+    check_images,
+    reconstruct,
+)
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.rasterizer import rasterize
 
@@ -53,6 +70,9 @@ class HeldOut:
     scores: dict[str, Any]
 
 
+NETWORK_SIDE = 1024  # the longer side of the photos that networks are shown; they shrink them further
+
+
 def reconstruct_photos(
     images: Sequence[Tensor],  # full size, each [H, W, 3] in [0, 1]
     names: Sequence[str],
@@ -60,7 +80,7 @@ def reconstruct_photos(
     size: int = 96,
     mode: Mode = "360",
     eval_every: int | None = None,
-    repair_prior: ImageRepairPrior | None = None,
+    backends: Backends | None = None,
     switches: Switches | None = None,
     budget: Budget | None = None,
     seed: int = 0,
@@ -69,27 +89,32 @@ def reconstruct_photos(
 ) -> tuple[
     LMGaussianResult, HeldOut | None, Tensor
 ]:  # the result, the held-out views, the training photos at splat size
-    """Structure from motion on the full photos, splats at `size` pixels on the longer side.
+    """Poses, depths and normals from the photos as large as the backends want them, splats at `size` pixels on the longer side.
 
-    `eval_every=k` holds every k-th registered photo out of training. With `folder` finished stages are kept there. Raises `InvalidInput`
-    where too few photos find their place.
+    `eval_every=k` holds every k-th registered photo out of training: it finds its place with the others, and gives no point. With `folder` finished
+    stages are kept there. Raises `InvalidInput` where too few photos find their place.
     """
-    from surefoot.geometry.lm_gaussian.colmap import ColmapPrior
     from surefoot.geometry.lm_gaussian.photos import resize
 
     check_at_least("size", size, 16)
-    small = resize(images, size)
+    backends, switches, budget = backends or Backends(), switches or Switches(), budget or Budget()
+    check_images(images, names)
+    small, large = resize(images, size), resize(images, NETWORK_SIDE)
     height, width = small[0].shape[:2]
-    if progress is not None:
-        progress("poses", 0, 1)
-    prior = ColmapPrior(work_size=(width, height), seed=seed)
-    found = prior.reconstruct(images, names, None)
+    mono = None if backends.depth is None else asked(backends.depth.predict, large, width, height)
+    found, mono, who = _views(images, large, names, mono, (width, height), backends, switches, budget, seed, progress)
     held = list(found.registered[::eval_every]) if eval_every else []
     train = [k for k in found.registered if k not in held]
     if len(train) < 2:
         raise InvalidInput(f"{len(found.registered)} photos found their place and {len(held)} of them are held out; give more photos or a larger --eval-every.")  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     chosen = [small[k] for k in train]
+    depth = None if mono is None or backends.depth is None else Answers(mono[train], backends.depth.name)
+    normals = None
+    if backends.normals is not None:
+        shown = [large[k] for k in train]
+        normals = Answers(asked(backends.normals.predict, shown, width, height), backends.normals.name)
+    priors = (backends.depth, backends.normals, backends.repair, backends.enhance)
     settings = (
         sorted(names),
         train,
@@ -98,17 +123,54 @@ def reconstruct_photos(
         switches,
         budget,
         seed,
-        None if repair_prior is None else repair_prior.name,
+        who,
+        [None if p is None else p.name for p in priors],
+        backends.asked,
     )
     stages = None if folder is None else StageStore.of(folder / "stages", chosen, *settings)
     result = reconstruct(
-        chosen, stereo_prior=KnownViews(views_of(found, train), prior.name), names=[names[k] for k in train], repair_prior=repair_prior,
-        video_prior=TemporalFilterEnhance(repair_prior), mode=mode, switches=switches, budget=budget, generator=generator,
+        chosen, stereo_prior=KnownViews(views_of(found, train), who), names=[names[k] for k in train], depth_prior=depth, normal_prior=normals,
+        repair_prior=backends.repair, video_prior=backends.enhance, mode=mode, switches=switches, budget=budget, generator=generator,
         progress=progress, stages=stages,
     )  # fmt: skip
     result.report["unregistered"] = [names[k] for k in range(len(names)) if k not in found.registered]
     cameras = [found.cameras[found.registered.index(k)] for k in held]
     return result, held_out(result, cameras, [small[k] for k in held], [names[k] for k in held]), torch.stack(chosen)
+
+
+def _views(
+    images: Sequence[Tensor], large: Sequence[Tensor], names: Sequence[str], mono: Tensor | None, size: tuple[int, int], backends: Backends,
+    switches: Switches, budget: Budget, seed: int, progress: Progress | None,
+) -> tuple[MultiView, Tensor | None, str]:  # fmt: skip
+    """The views at splat size, the mono depths turned the right way, and who found the views."""
+    width, height = size
+    note = None
+
+    def tell(stage: str) -> Callable[..., None]:
+        return lambda step, steps, *_: None if progress is None else progress(stage, step, steps)
+
+    tell("poses")(0, 1)
+    prior = backends.stereo
+    if hasattr(prior, "predict"):
+        pairs = ask_pairs(prior, large, width, height, tell("poses"))  # type: ignore[arg-type]
+        if mono is not None:
+            mono, note = oriented(mono, *first_depths(pairs, len(images)))
+        guide = mono if switches.depth_guidance else None
+        found = aligned(pairs, names, mono_depth=guide, cleaning=switches.cleaning, steps=budget.align_steps, tol=budget.tol, seed=seed, progress=tell("align"))  # fmt: skip
+    else:
+        if prior is None:
+            from surefoot.geometry.lm_gaussian.colmap import ColmapPrior
+
+            prior = ColmapPrior(work_size=size, seed=seed)
+            found = prior.reconstruct(images, names, None)
+        else:
+            found = resized(prior.reconstruct(large, names, None), width, height)  # type: ignore[union-attr]
+        if mono is not None and found.depths is not None and found.conf is not None:
+            _, note = oriented(mono[list(found.registered)], found.depths, found.conf)
+            mono = mono if note is None else -mono
+    if note is not None:
+        found = replace(found, notes=(*found.notes, note))
+    return found, mono, prior.name  # type: ignore[union-attr]
 
 
 def held_out(
