@@ -128,8 +128,19 @@ def test_virtual_views_interpolate_centres_not_translations():
     rotation = half.w2c[:3, :3]
     naive = -(rotation.mT @ torch.lerp(a.w2c[:3, 3], b.w2c[:3, 3], 0.5))
     assert (naive - (a.centre + b.centre) / 2).norm() > 0.1  # mixing translations puts the camera elsewhere
-    with pytest.raises(InvalidInput, match="opposite"):
-        interpolate(*ring([0.0, math.pi]), 0.5)
+
+
+def test_opposite_cameras_warn_and_turn_right():
+    a, b = ring([0.0, math.pi], radius=2.0)
+    with pytest.warns(UserWarning, match="opposite ways"):
+        path = [interpolate(a, b, t) for t in (0.0, 0.25, 0.5, 1.0)]
+    torch.testing.assert_close(path[0].w2c, a.w2c, atol=1e-6, rtol=0)
+    torch.testing.assert_close(path[3].w2c, b.w2c, atol=1e-6, rtol=0)
+    for camera, degrees in zip(path, (0, 45, 90, 180), strict=True):
+        assert rotation_angle(camera.w2c[:3, :3], a.w2c[:3, :3]).item() == pytest.approx(degrees, abs=1e-4)
+    right = a.w2c[:3, :3].mT @ torch.tensor([1.0, 0.0, 0.0], dtype=a.w2c.dtype)
+    looks = path[2].w2c[:3, :3].mT @ torch.tensor([0.0, 0.0, 1.0], dtype=a.w2c.dtype)
+    assert (right @ looks).item() > 0.5
 
 
 def test_resized_keeps_the_view():

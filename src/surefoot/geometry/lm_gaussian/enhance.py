@@ -11,9 +11,9 @@ from torch import Tensor
 
 from surefoot.errors import InvalidInput, check, check_at_least
 from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior, VideoEnhancePrior
-from surefoot.nn.geometry.cameras import Camera, back_project, transform
+from surefoot.nn.geometry.cameras import Camera, back_project, transform, turn
 from surefoot.nn.geometry.rasterizer import rasterize
-from surefoot.nn.geometry.rotations import matrix_to_quaternion, quaternion_to_matrix, rigid, slerp
+from surefoot.nn.geometry.rotations import rigid
 from surefoot.nn.geometry.splats import GaussianScene
 
 
@@ -28,13 +28,12 @@ def smooth_path(cameras: Sequence[Camera], frames: int = 60, *, closed: bool = F
     steps = (centres[1:] - centres[:-1]).norm(dim=1).clamp_min(1e-9)
     knots = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
     spline = CubicSpline(knots.numpy(), centres.numpy(), bc_type="periodic" if closed else "natural")
-    quats = matrix_to_quaternion(torch.stack([c.w2c[:3, :3] for c in stops]).double())
     path = []
     for k in range(frames):
         at = float(knots[-1]) * k / (frames if closed else frames - 1)
         leg = min(int(torch.searchsorted(knots, torch.tensor(at, dtype=knots.dtype), right=True)) - 1, len(steps) - 1)
         t = (at - float(knots[leg])) / float(steps[leg])
-        rotation = quaternion_to_matrix(slerp(quats[leg], quats[leg + 1], t))
+        rotation = turn(stops[leg], stops[leg + 1], t).double()
         centre = torch.from_numpy(spline(at))
         K = torch.lerp(stops[leg].K, stops[leg + 1].K, t)
         w2c = rigid(rotation, -(rotation @ centre)).to(K)

@@ -26,6 +26,7 @@ from surefoot.geometry.lm_gaussian.priors import (
     all_pairs,
 )
 from surefoot.geometry.lm_gaussian.stages import (
+    Checkpoint,
     StageStore,
     cameras_from_dict,
     cameras_to_dict,
@@ -33,6 +34,7 @@ from surefoot.geometry.lm_gaussian.stages import (
     scene_from_dict,
     scene_to_dict,
 )
+from surefoot.geometry.lm_gaussian.terms import views_of_cloud
 from surefoot.geometry.lm_gaussian.train import (
     Course,
     MultiModalLoss,
@@ -41,9 +43,8 @@ from surefoot.geometry.lm_gaussian.train import (
     collect_repair_pairs,
     refine,
     train_splats,
-    views_of_cloud,
 )
-from surefoot.nn.geometry.cameras import Camera
+from surefoot.nn.geometry.cameras import Camera, opposite
 from surefoot.nn.geometry.ply import PointCloud
 from surefoot.nn.geometry.splats import GaussianScene
 
@@ -241,6 +242,7 @@ def train_scene(
     budget: Budget,
     optimize_poses: bool = False,
     generator: torch.Generator,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, int, Record], None] | None = None,
 ) -> tuple[GaussianScene, Course]:
     """Stage 1. With `optimize_poses` the cameras move too, and `Course.cameras` holds where they end."""
@@ -253,7 +255,7 @@ def train_scene(
     virtual = None
     if switches.virtual_views and len(start.cameras) >= 2:
         virtual = views_of_cloud(start.cloud, between(start.cameras, budget.virtual_per_gap, mode), weight=0.6 if mode == "360" else 0.3, radius=budget.point_radius)  # fmt: skip
-    course = train_splats(scene, start.cameras, images, steps=budget.steps, generator=generator, rates=budget.rates, multi=multi, virtual=virtual, sh_every=max(1, budget.steps // 12) if budget.sh_degree else None, filter_every=budget.filter_every, keep_early=budget.keep_early, optimize_poses=optimize_poses, on_step=on_step)  # fmt: skip
+    course = train_splats(scene, start.cameras, images, steps=budget.steps, generator=generator, rates=budget.rates, multi=multi, virtual=virtual, sh_every=max(1, budget.steps // 12) if budget.sh_degree else None, filter_every=budget.filter_every, keep_early=budget.keep_early, optimize_poses=optimize_poses, checkpoint=checkpoint, on_step=on_step)  # fmt: skip
     return scene, course
 
 
@@ -262,6 +264,26 @@ def between(cameras: Sequence[Camera], n: int, mode: Mode) -> list[Camera]:
     closed = mode == "360"
     order = camera_tour(cameras, closed=closed)
     return virtual_cameras([cameras[k] for k in order], n, closed=closed)
+
+
+def _fit_repair(
+    prior: ImageRepairPrior, course: Course, photos: Tensor, generator: torch.Generator, stages: StageStore | None
+) -> None:
+    """Fit the repair model, or take the fitted one from disk if it can be kept there."""
+    keeps = stages is not None and hasattr(prior, "state_dict") and hasattr(prior, "load_state_dict")
+    saved = stages.get("repair", generator) if keeps and stages is not None else None
+    if saved is not None:
+        prior.load_state_dict(saved)  # type: ignore[attr-defined]
+        return
+    prior.fit(*collect_repair_pairs(course, photos), generator=generator)
+    if keeps and stages is not None:
+        stages.put("repair", prior.state_dict(), generator)  # type: ignore[attr-defined]
+
+
+def opposite_notes(walk: Sequence[Camera], *, closed: bool) -> list[str]:
+    """Where the walk between photos is a guess, because two that follow each other face opposite ways."""
+    steps = zip(walk, [*walk[1:], walk[0]] if closed and len(walk) > 2 else walk[1:], strict=False)
+    return [f"Photos {a.name} and {b.name} face opposite ways, so the views between them are a guess." for a, b in steps if opposite(a, b)]  # fmt: skip
 
 
 def reconstruct(
@@ -284,7 +306,7 @@ def reconstruct(
 ) -> LMGaussianResult:
     """A handful of photos to a scene of splats.
 
-    With `stages` every finished stage is kept on disk, and a run that asks the same goes on from there.
+    With `stages` every finished stage is kept on disk, and training every minute; a run that asks the same goes on from there.
 
     `stereo_prior` finds the poses; the others are optional, and the report names those that were used. `mode` is "360" for a walk around, "forward"
     for views that look one way; `optimize_poses` moves the cameras together with the splats of stage 1. Raises `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
@@ -312,7 +334,7 @@ def reconstruct(
     normals = None if normal_prior is None else torch.stack([normal_prior.predict(k, images[k]) for k in chosen])
     saved = None if stages is None else stages.get("train", generator)
     if saved is None:
-        scene, course = train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=mode, switches=switches, budget=budget, optimize_poses=optimize_poses, generator=generator, on_step=tell("train"))  # fmt: skip
+        scene, course = train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=mode, switches=switches, budget=budget, optimize_poses=optimize_poses, generator=generator, checkpoint=None if stages is None else stages.checkpoint("train"), on_step=tell("train"))  # fmt: skip
         if stages is not None:
             stages.put("train", scene_to_dict(scene, course), generator)
     else:
@@ -323,9 +345,9 @@ def reconstruct(
     if switches.repair and repair_prior is not None:
         saved = None if stages is None else stages.get("refine", generator)
         if saved is None:
-            repair_prior.fit(*collect_repair_pairs(course, photos), generator=generator)
+            _fit_repair(repair_prior, course, photos, generator, stages)
             gain = 16.0 if switches.distance_weight and len(start.cameras) >= 3 else None
-            again = refine(scene, start.cameras, photos, repair_prior, between(start.cameras, budget.virtual_per_gap, mode), rounds=switches.rounds, steps=budget.refine_steps, strength=budget.repair_strength, gain=gain, rates=replace(budget.rates, means=budget.rates.means / 4), generator=generator, on_step=tell("refine"))  # fmt: skip
+            again = refine(scene, start.cameras, photos, repair_prior, between(start.cameras, budget.virtual_per_gap, mode), rounds=switches.rounds, steps=budget.refine_steps, strength=budget.repair_strength, gain=gain, rates=replace(budget.rates, means=budget.rates.means / 4), generator=generator, checkpoint=None if stages is None else stages.checkpoint("refine"), on_step=tell("refine"))  # fmt: skip
             if stages is not None:
                 stages.put("refine", scene_to_dict(scene, again), generator)
         else:
@@ -343,7 +365,16 @@ def reconstruct(
         "repair": None if repair_prior is None or not switches.repair else repair_prior.name,
         "enhancement": None if enhanced is None or video_prior is None else video_prior.name,
     }
-    report = {**start.report, **used, "mode": mode, "photos": names, "switches": asdict(switches), "splats": len(scene)}
+    notes = [*start.report.get("notes", []), *opposite_notes([start.cameras[k] for k in order], closed=mode == "360")]
+    report = {
+        **start.report,
+        **used,
+        "notes": notes,
+        "mode": mode,
+        "photos": names,
+        "switches": asdict(switches),
+        "splats": len(scene),
+    }
     return LMGaussianResult(
         scene, start.cameras, start.registered, start.cloud, tuple(path), frames, enhanced, history, report
     )

@@ -8,18 +8,20 @@ rotations, never the translation of w2c, which belongs to no point in space.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from surefoot.errors import InvalidInput, check, check_at_least, check_positive
+from surefoot.errors import check, check_at_least, check_positive
 from surefoot.nn.geometry.rotations import (
     check_rotation,
     invert_rigid,
     matrix_to_quaternion,
     quaternion_to_matrix,
     rigid,
+    se3_exp,
     slerp,
 )
 
@@ -152,15 +154,32 @@ def project(
     return uv, z
 
 
-def interpolate(a: Camera, b: Camera, t: float) -> Camera:
-    """The camera on the way from `a` (t = 0) to `b` (t = 1): SLERP of rotations, straight line of centres, linear K.
+HALF_TURN = 1e-3  # |cos| of half the angle between two rotations below which they count as half a turn apart
 
-    Rotations half a turn apart have no shorter arc; that is refused.
-    """
-    qa, qb = matrix_to_quaternion(a.w2c[:3, :3]), matrix_to_quaternion(b.w2c[:3, :3])
-    if abs(float((qa * qb).sum())) < 1e-3:
-        raise InvalidInput(f"Cameras {a.name!r} and {b.name!r} face opposite ways (180 degrees apart), so there is no one path between them; put a camera in between.")  # fmt: skip
-    rotation = quaternion_to_matrix(slerp(qa, qb, t))
+
+def opposite(a: Camera, b: Camera) -> bool:
+    """Whether two cameras are turned by 180 degrees against each other, so that neither way round is the shorter."""
+    qa, qb = matrix_to_quaternion(torch.stack([a.w2c[:3, :3], b.w2c[:3, :3]]))
+    return abs(float((qa * qb).sum())) < HALF_TURN
+
+
+def turn(a: Camera, b: Camera, t: float) -> Tensor:  # [3, 3], world to camera
+    """The rotation on the way from `a` to `b`: SLERP; half a turn apart, where that is ambiguous, a turn to the right, with a warning."""
+    Ra, Rb = a.w2c[:3, :3], b.w2c[:3, :3]
+    qa, qb = matrix_to_quaternion(torch.stack([Ra, Rb]))
+    if not opposite(a, b):
+        return quaternion_to_matrix(slerp(qa, qb, t))
+    warnings.warn(f"Cameras {a.name!r} and {b.name!r} face opposite ways (180 degrees apart), so the way between them is a guess; put a camera in between.", stacklevel=3)  # fmt: skip
+    step = matrix_to_quaternion(Rb @ Ra.mT)
+    step = torch.where(step[2] > 0, -step, step)  # y points down: a turn to the right moves the world to the left
+    axis = step[1:] / step[1:].norm()
+    angle = 2 * torch.atan2(step[1:].norm(), step[0])
+    return se3_exp(torch.cat([t * angle * axis, torch.zeros_like(axis)]))[:3, :3] @ Ra
+
+
+def interpolate(a: Camera, b: Camera, t: float) -> Camera:
+    """The camera on the way from `a` (t = 0) to `b` (t = 1): SLERP of rotations (see `turn`), straight line of centres, linear K."""
+    rotation = turn(a, b, t)
     centre = torch.lerp(a.centre, b.centre, t)
     K = torch.lerp(a.K, b.K, t)
     return Camera(K, rigid(rotation, -(rotation @ centre)), a.width, a.height, f"{a.name}~{b.name}@{t:.3g}")
