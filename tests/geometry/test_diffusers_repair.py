@@ -217,6 +217,29 @@ def test_lora_on_every_kind_of_layer(merged):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_lora_computes_what_peft_computes():
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mixed().double()
+        names = ["words", "conv", "out"]
+        theirs = peft.inject_adapter_in_model(
+            peft.LoraConfig(r=2, lora_alpha=3, target_modules=names), shared_copy(model)
+        ).double()
+    ours = add_lora_(shared_copy(model), names, rank=2, alpha=3.0, generator=rng())
+    for name in names:
+        a, b = getattr(ours, name), getattr(theirs, name)
+        a.B.data = torch.randn(a.B.shape, generator=rng(3), dtype=torch.float64)
+        if name == "words":  # theirs calls A what ours calls B^T
+            b.lora_embedding_A["default"].data, b.lora_embedding_B["default"].data = a.B.detach().mT, a.A.detach().mT
+        else:
+            for factor, layer in ((a.A, b.lora_A["default"]), (a.B, b.lora_B["default"])):
+                layer.weight.data = factor.detach().reshape(layer.weight.shape)
+    ids = torch.randint(9, (4, 6, 6), generator=rng())
+    torch.testing.assert_close(ours(ids), theirs(ids))
+    assert (ours(ids) - model(ids)).abs().max() > 0.1
+
+
 def test_lora_refuses_what_it_cannot_do():
     with pytest.raises(InvalidInput, match="no layer to adapt"):
         add_lora_(nn.Sequential(nn.ReLU()), [], rank=2, generator=rng())

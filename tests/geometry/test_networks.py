@@ -571,7 +571,7 @@ def test_the_command_line_names_backends(views, tmp_path):
     )
     run = CliRunner()
     out = tmp_path / "scene"
-    line = ["reconstruct", str(photos), "--out", str(out), "--stereo", f"dust3r:{oracle}:make", "--repair", "none", "--enhance", "none", "--size", str(SIZE), "--steps", "10", "--splats", "300", "--json"]  # fmt: skip
+    line = ["reconstruct", str(photos), "--out", str(out), "--stereo", f"dust3r:{oracle}:make", "--repair", "none", "--enhance", "none", "--mode", "forward", "--size", str(SIZE), "--steps", "10", "--splats", "300", "--json"]  # fmt: skip
     done = run.invoke(app, line)
     assert done.exit_code == 0, done.output
     report = json.loads((out / "reconstruct.json").read_text())
