@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.audit.instruments.adversarial import EFFORT, LEAST, AdversarialAccuracy
+from surefoot.audit.instruments.surrogate import undefended_surrogate
 from surefoot.core.contracts import check_instrument
 from surefoot.core.finding import Chart, Thumbnails
 from surefoot.core.subject import Subject
@@ -101,6 +102,68 @@ def test_gradients_of_a_stand_in_see_through_the_mask(trained):
     seen = AdversarialAccuracy(eps=0.06, attack_target=subject.model).measure(masked, task)
     assert seen.value < naive.value
     assert any("stand-in" in note for note in seen.details["notes"])
+
+
+class Saturated(nn.Module):
+    """Probabilities of logits times 10,000: whatever the loss, float32 leaves no gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1e4 * self.model(x)).softmax(1)
+
+
+@pytest.fixture(scope="module")
+def standard(trained) -> Task:
+    return trained[1].changed(budget="standard", test=trained[1].test.take(slice(0, 60)))
+
+
+@pytest.mark.parametrize("mask", [Masked, Saturated])
+def test_transfer_from_an_undefended_net_sees_what_a_masked_model_hides(trained, standard, mask):
+    subject, _ = trained
+    found = AdversarialAccuracy().measure(subject.with_model(mask(subject.model)), standard)
+    assert found.details["masking"]["transfer"]["suspicious"]
+    assert any("undefended model beat" in warning for warning in found.warnings)
+
+
+def test_transfer_does_not_accuse_an_honest_model(trained, standard):
+    subject, _ = trained
+    found = AdversarialAccuracy().measure(subject, standard)
+    assert not found.details["masking"]["transfer"]["suspicious"]
+    assert not any("undefended" in warning for warning in found.warnings)
+    facts = found.details["transfer"]
+    assert facts["accuracy"] > 0.85
+    assert facts["examples"] == 600
+    assert facts["training_passes"] == 300 * 64
+    assert found.cost.passes is not None
+    assert found.cost.passes > facts["training_passes"]
+
+
+def test_the_transfer_check_says_why_it_was_left_out(trained, standard):
+    subject, quick = trained
+    assert "quick budget" in AdversarialAccuracy().measure(subject, quick).details["transfer"]["skipped"]
+    empty = standard.changed(train=quick.train.take(slice(0, 3)))
+    assert "training examples" in AdversarialAccuracy(eps=0.0).measure(subject, empty).details["transfer"]["skipped"]
+    given = AdversarialAccuracy(eps=0.06, undefended=subject.model).measure(subject, quick)
+    assert given.details["masking"]["transfer"]["suspicious"] is False
+    large = Split(torch.zeros(40, 3, 80, 80), torch.zeros(40, dtype=torch.int64))
+    assert "too large" in undefended_surrogate(subject, quick.changed(train=large), examples=50).reason
+
+
+def test_the_stand_in_learns_predictions_where_there_are_no_labels(trained):
+    subject, task = trained
+    unlabelled = task.changed(train=Split(task.train.x))
+    before = torch.random.get_rng_state()
+    found, again = (undefended_surrogate(subject, unlabelled, examples=400, steps=60) for _ in range(2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert found.taught_by == "predictions"
+    assert found.accuracy > 0.5
+    assert found.accuracy == again.accuracy
+    assert found.model is not None
+    assert again.model is not None
+    assert torch.equal(found.model(task.test.x[:20]), again.model(task.test.x[:20]))
 
 
 class Noisy(nn.Module):
