@@ -408,7 +408,7 @@ def test_a_stopped_run_goes_on_and_ends_where_an_undisturbed_one_ends(views, tmp
     store = StageStore.of(tmp_path, [v.rgb for v in views], BUDGET)
     with pytest.raises(Stop):
         run(views, stages=store, progress=stop)
-    assert sorted(p.name.split("-")[0] for p in tmp_path.iterdir()) == ["start", "train"]
+    assert sorted(p.name.split("-")[0] for p in tmp_path.iterdir()) == ["repair", "start", "train"]
     seen = []
     resumed = run(views, stages=store, progress=lambda stage, step, steps: seen.append(stage))
     assert "align" not in seen

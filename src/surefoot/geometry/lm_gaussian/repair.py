@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,18 @@ class PatchDenoiserRepair:
             if self.on_step is not None:
                 self.on_step(step + 1, self.fit_steps, self.losses_[-1])
         self.net_ = net.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fitted model, for `load_state_dict` of a prior with the same settings."""
+        check(self.net_ is not None, "The repair prior has not been fitted, so it has no state to save.")
+        assert self.net_ is not None
+        return {"net": self.net_.state_dict(), "losses": list(self.losses_)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.device("meta"):  # draws nothing
+            net = PatchUNet(self.widths)
+        net.load_state_dict(state["net"], assign=True)
+        self.net_, self.losses_ = net.eval(), list(state["losses"])
 
     def _batch(self, bad: Tensor, good: Tensor, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         height, width = good.shape[2:]

@@ -1,4 +1,4 @@
-"""What a finished stage leaves on disk, so that a run that was stopped goes on from there and ends where an undisturbed one ends."""
+"""What finished and unfinished stages leave on disk, so that a run that was stopped goes on from there and ends where an undisturbed one ends."""
 
 from __future__ import annotations
 
@@ -6,26 +6,43 @@ import hashlib
 import json
 import os
 import pickle
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surefoot.geometry.lm_gaussian.train import Course
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.ply import PointCloud
 from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
+Record = dict[str, float]
+
+
+@dataclass
+class Course:
+    """What a training run leaves behind beside the scene."""
+
+    history: list[Record] = field(default_factory=list)
+    early: list[tuple[int, Tensor]] = field(
+        default_factory=list
+    )  # (photo, its rendering) from the first steps: pairs for the repair model
+    steps: int = 0
+    cameras: tuple[Camera, ...] = ()  # where the optimised poses ended; empty if they were not optimised
+
 
 @dataclass(frozen=True)
 class StageStore:
-    """Files of one run, named by stage and by a key of all that the run was asked; a file of another run is never read."""
+    """Files of one run, named by stage and by a key of all that the run was asked; a file of another run is never read.
+
+    An unfinished stage is saved every `seconds` (see `Checkpoint`)."""
 
     folder: Path
     key: str
+    seconds: float = 60.0
 
     @classmethod
     def of(cls, folder: Path, images: Sequence[Tensor], *settings: object) -> StageStore:
@@ -51,6 +68,55 @@ class StageStore:
         partial = self._path(stage).with_suffix(f".{os.getpid()}")
         torch.save({**content, "generator": generator.get_state()}, partial)
         partial.replace(self._path(stage))
+        for left in self.folder.glob(f"{stage}{_UNFINISHED}-{self.key}.*"):
+            left.unlink()
+
+    def checkpoint(self, stage: str) -> Checkpoint:
+        """Where a stage keeps what it has so far, until `put` of the finished stage removes it."""
+        return Checkpoint(self, stage + _UNFINISHED, time.monotonic())
+
+
+_UNFINISHED = "_unfinished"
+
+
+@dataclass
+class Checkpoint:
+    """The last state of a stage that has not ended. Saving is atomic and draws nothing, so it changes nothing of the run."""
+
+    store: StageStore
+    stage: str
+    last: float  # time.monotonic() of the last save
+
+    def load(self, generator: torch.Generator) -> dict[str, Any] | None:
+        """The state, and the generator where it stood then; None if there is none."""
+        return self.store.get(self.stage, generator)
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.store.seconds
+
+    def save(self, state: dict[str, Any], generator: torch.Generator) -> None:
+        self.store.put(self.stage, state, generator)
+        self.last = time.monotonic()
+
+    def within(self, around: dict[str, Any], inner: dict[str, Any] | None) -> InnerCheckpoint:
+        """For a loop in a loop: `around` is the outer state that goes with each save, `inner` what the inner loop starts from."""
+        return InnerCheckpoint(self, around, inner)
+
+
+@dataclass
+class InnerCheckpoint:
+    outer: Checkpoint
+    around: dict[str, Any]
+    inner: dict[str, Any] | None
+
+    def load(self, generator: torch.Generator) -> dict[str, Any] | None:
+        return self.inner  # the outer load has set the generator
+
+    def due(self) -> bool:
+        return self.outer.due()
+
+    def save(self, state: dict[str, Any], generator: torch.Generator) -> None:
+        self.outer.save({**self.around, "inner": state}, generator)
 
 
 def cameras_to_dict(cameras: Sequence[Camera]) -> dict[str, Any]:

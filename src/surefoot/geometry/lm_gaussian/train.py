@@ -7,38 +7,39 @@ a handful of views they destroy a good start within a few hundred steps.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, check, check_at_least, check_choice
-from surefoot.geometry.lm_gaussian.losses import (
-    distance_weight,
-    local_pearson_loss,
-    normal_loss,
-    pearson_depth_loss,
-    photometric_loss,
-    render_points,
-)
+from surefoot.geometry.lm_gaussian.losses import distance_weight, photometric_loss
 from surefoot.geometry.lm_gaussian.poses import PoseIncrements
 from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior
+from surefoot.geometry.lm_gaussian.stages import (
+    Checkpoint,
+    Course,
+    InnerCheckpoint,
+    Record,
+    scene_from_dict,
+    scene_to_dict,
+)
+from surefoot.geometry.lm_gaussian.terms import MultiModalLoss, Terms, VirtualViews
 from surefoot.nn.geometry.cameras import Camera, scene_extent
 from surefoot.nn.geometry.densification import DensificationStrategy, change_rows, splat_optimizer
 from surefoot.nn.geometry.image_metrics import psnr
-from surefoot.nn.geometry.ply import PointCloud
-from surefoot.nn.geometry.rasterizer import RenderOut, depth_normals, rasterize
-from surefoot.nn.geometry.splats import GaussianScene
+from surefoot.nn.geometry.rasterizer import RenderOut, rasterize
+from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
 FULL = 30_000  # the schedule that rates and switch points are written for
 EARLY = (
     50,
     1000,
 )  # steps whose renderings are kept as faulty; before them opacities rise from 0.1, and a repair model would learn to brighten
-Terms = Mapping[str, Tensor]
-Record = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -59,88 +60,6 @@ class Rates:
         if mode == "360":
             return cls(means=1e-4, means_end=0.1, log_scales=5e-3, quats=3e-3, opacity=0.05, sh=2.5e-3)
         return cls(means=1e-4, means_end=0.01, log_scales=0.015, quats=3e-3, opacity=0.065, sh=5e-3)
-
-
-@dataclass
-class Course:
-    """What a training run leaves behind beside the scene."""
-
-    history: list[Record] = field(default_factory=list)
-    early: list[tuple[int, Tensor]] = field(
-        default_factory=list
-    )  # (photo, its rendering) from the first steps: pairs for the repair model
-    steps: int = 0
-    cameras: tuple[Camera, ...] = ()  # where the optimised poses ended; empty if they were not optimised
-
-
-class MultiModalLoss(nn.Module):
-    """The terms of one photo beside the photometric one: depth, normal, and depth against normal.
-
-    `boxes` is the side of the local boxes (128 at 512 pixels), `lam_dn` couples normals with those of the depth map.
-    """
-
-    def __init__(
-        self, *, mono_depth: Tensor | None = None, mono_normal: Tensor | None = None, lam_depth: float = 0.1, lam_normal: float = 0.01,
-        lam_dn: float = 0.0, box: int | None = None, fraction: float = 0.5,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        for name, value in (("lam_depth", lam_depth), ("lam_normal", lam_normal), ("lam_dn", lam_dn)):
-            check(value >= 0, f"{name} must not be negative, got {value!r}.")
-        self.mono_depth, self.mono_normal = mono_depth, mono_normal
-        self.lam_depth, self.lam_normal, self.lam_dn, self.fraction = lam_depth, lam_normal, lam_dn, fraction
-        size = 512 if mono_depth is None else min(mono_depth.shape[1:])
-        self.box = box if box is not None else max(8, size // (3 if size < 100 else 4))
-
-    @property
-    def needs_normals(self) -> bool:
-        return (self.mono_normal is not None and self.lam_normal > 0) or self.lam_dn > 0
-
-    def forward(self, out: RenderOut, camera: Camera, photo: int, generator: torch.Generator) -> Terms:
-        terms: dict[str, Tensor] = {}
-        if self.mono_depth is not None and self.lam_depth > 0:
-            depth, mono = out.expected_depth, self.mono_depth[photo].to(out.rgb)
-            local = local_pearson_loss(depth, mono, self.box, self.fraction, generator=generator)
-            terms["depth"] = self.lam_depth * (pearson_depth_loss(depth, mono) + local)
-        if self.mono_normal is not None and self.lam_normal > 0:
-            assert out.normal is not None
-            terms["normal"] = self.lam_normal * normal_loss(out.normal, self.mono_normal[photo].to(out.rgb))
-        if self.lam_dn > 0:
-            assert out.normal is not None
-            pulls = []
-            for depth in (out.expected_depth, out.median_depth):
-                other, defined = depth_normals(depth, out.alpha, camera)
-                pulls.append(
-                    (1 - (out.normal * other).sum(-1))[defined].mean() if bool(defined.any()) else out.depth.sum() * 0
-                )
-            terms["depth_normal"] = self.lam_dn * (0.4 * pulls[0] + 0.6 * pulls[1])
-        return terms
-
-
-@dataclass(frozen=True)
-class VirtualViews:
-    """Views between the photos with what they should look like, and how much each counts per pixel."""
-
-    cameras: Sequence[Camera]
-    targets: Tensor  # [V, H, W, 3]
-    masks: Tensor  # float [V, H, W]
-    weight: float | Sequence[float] = 1.0
-
-    def term(self, scene: GaussianScene, background: Tensor, generator: torch.Generator) -> Tensor:
-        """weight L1 on a random one of them, over the pixels that its mask covers."""
-        k = int(torch.randint(len(self.cameras), (), generator=generator))
-        weight = float(self.weight[k]) if isinstance(self.weight, Sequence) else float(self.weight)
-        mask = self.masks[k]
-        if weight == 0 or not bool(mask.any()):
-            return scene.means.sum() * 0
-        image = rasterize(scene, self.cameras[k], background).rgb
-        difference = (image - self.targets[k]).abs().mean(-1)
-        return weight * (difference * mask).sum() / mask.sum()
-
-
-def views_of_cloud(cloud: PointCloud, cameras: Sequence[Camera], *, weight: float, radius: float = 1.0) -> VirtualViews:
-    """The cleaned cloud seen from virtual cameras."""
-    drawn = [render_points(cloud.points, cloud.rgb, camera, radius=radius) for camera in cameras]
-    return VirtualViews(cameras, torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn]).float(), weight)
 
 
 def train_splats(
@@ -164,6 +83,7 @@ def train_splats(
     keep_early: int = 0,
     optimize_poses: bool = False,
     pose_rate: float = 1e-4,
+    checkpoint: Checkpoint | InnerCheckpoint | None = None,
     on_step: Callable[[int, int, Record], None] | None = None,
 ) -> Course:
     """Train a scene in place on photos.
@@ -172,6 +92,7 @@ def train_splats(
     - `sh_every`: raise the harmonics' degree so often; `filter_every`: renew the 3D smoothing filter so often (None: off).
     - `keep_early`: how many renderings a photo to keep from the steps `EARLY`, as degraded halves of repair pairs.
     - `optimize_poses`: move the cameras too, at a rate that falls from `pose_rate` to a hundredth of it; `Course.cameras` holds where they end.
+    - `checkpoint`: take up the run that it holds, and keep this one there; the end is the same to the bit, however often a run is stopped.
     - `on_step(step, steps, record)`: progress; exceptions from it (an interruption) leave the scene as it is.
     """
     check(
@@ -182,13 +103,17 @@ def train_splats(
     for camera, image in zip(cameras, images, strict=True):
         check(image.shape == (camera.height, camera.width, 3), f"Camera {camera.name!r} is {camera.width} x {camera.height}, its image {tuple(image.shape)}.")  # fmt: skip
     extent = scene_extent(torch.stack([c.centre for c in cameras]))
+    course, saved = Course(steps=steps), None if checkpoint is None else checkpoint.load(generator)
+    if saved is not None:
+        course = _take_up(scene, saved)
     optimizer = splat_optimizer(scene, extent, means=rates.means, log_scales=rates.log_scales, quats=rates.quats, opacity=rates.opacity, sh=rates.sh)  # fmt: skip
     background = scene.means.new_zeros(3) if background is None else background
     poses = PoseIncrements(cameras) if optimize_poses else None
     pose_optimizer = None if poses is None else torch.optim.Adam(poses.parameters(), pose_rate)
-    course, queue = Course(steps=steps), []
+    loop = _Loop(scene, course, optimizer, poses, pose_optimizer, strategy)
+    queue = [] if saved is None else loop.restore(saved)
     early_from, early_until = min(EARLY[0], steps // 3), EARLY[1]
-    for step in range(first_step, first_step + steps):
+    for step in range(first_step if saved is None else saved["next"], first_step + steps):
         optimizer.param_groups[0]["lr"] = rates.means * extent * rates.means_end ** (step / max(1, schedule))
         if filter_every and step % filter_every == 0:
             scene.update_filter(cameras)
@@ -223,19 +148,62 @@ def train_splats(
             keep = scene.logit_opacities.detach().sigmoid() >= prune_below
             if 2 <= int(keep.sum()) < len(scene):
                 change_rows(scene, optimizer, keep)
-        _record(course, step, first_step + steps, terms, out, images[photo], len(scene), on_step)
+        record = _record(course, step, first_step + steps, terms, out, images[photo], len(scene))
+        if checkpoint is not None and checkpoint.due():
+            checkpoint.save(loop.state(step + 1, queue), generator)
+        if on_step is not None:
+            on_step(step + 1, first_step + steps, record)
     if poses is not None:
         course.cameras = poses.final()
     return course
 
 
-def _record(
-    course: Course, step: int, last: int, terms: Terms, out: RenderOut, image: Tensor, splats: int, on_step
-) -> None:
+def _take_up(scene: GaussianScene, saved: dict[str, Any]) -> Course:
+    """Put the scene where the saved run left it; the number of splats may have changed."""
+    then, course = scene_from_dict(saved)
+    for name in NAMES:
+        setattr(scene, name, nn.Parameter(getattr(then, name).detach().to(scene.means)))
+    scene.filter_3d, scene.active_degree = then.filter_3d.to(scene.means), then.active_degree
+    return course
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """All that a training loop changes from step to step, put away and taken up again."""
+
+    scene: GaussianScene
+    course: Course
+    optimizer: torch.optim.Optimizer
+    poses: PoseIncrements | None
+    pose_optimizer: torch.optim.Optimizer | None
+    strategy: DensificationStrategy | None
+
+    def state(self, following: int, queue: list[int]) -> dict[str, Any]:
+        modules = {"optimizer": self.optimizer, "poses": self.poses, "pose_optimizer": self.pose_optimizer}
+        kept = {name: m.state_dict() for name, m in modules.items() if m is not None}
+        counts = {} if self.strategy is None else {k: v for k, v in vars(self.strategy).items() if k.endswith("_")}
+        return {
+            **scene_to_dict(self.scene, self.course),
+            **kept,
+            "strategy": counts,
+            "next": following,
+            "queue": list(queue),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> list[int]:
+        """The photos not yet drawn; everything else is put in its place."""
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.poses is not None and self.pose_optimizer is not None:
+            self.poses.load_state_dict(saved["poses"])
+            self.pose_optimizer.load_state_dict(saved["pose_optimizer"])
+        if self.strategy is not None:
+            vars(self.strategy).update(saved["strategy"])
+        return list(saved["queue"])
+
+
+def _record(course: Course, step: int, last: int, terms: Terms, out: RenderOut, image: Tensor, splats: int) -> Record:
     if step % 100 and step + 1 != last:
-        if on_step is not None:
-            on_step(step + 1, last, {})
-        return
+        return {}
     record = {name: float(value.detach()) for name, value in terms.items()}
     if not all(map(math.isfinite, record.values())):
         raise InvalidInput(f"Training diverged at step {step} ({record}); lower the learning rates.")
@@ -244,8 +212,7 @@ def _record(
         "coverage": float(out.alpha.detach().mean()), "train_psnr": psnr(out.rgb.detach(), image),
     }  # fmt: skip
     course.history.append(record)
-    if on_step is not None:
-        on_step(step + 1, last, record)
+    return record
 
 
 # --- stage 2 ----------------------------------------------------------------------------------------------------------
@@ -313,16 +280,27 @@ def refine(
     mask_unreliable: bool = False,
     background: Tensor | None = None,
     generator: torch.Generator,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, int, Record], None] | None = None,
 ) -> Course:
     """Stage 2 in place: `rounds` times repair all virtual views, then train on photos and on them; depth and normal priors stay off, as they are
-    smoother than the repaired views. The means' rate starts anew in each round."""
+    smoother than the repaired views. The means' rate starts anew in each round. `checkpoint` keeps the round, its repaired views and its training."""
     check_at_least("rounds", rounds, 1)
     check_at_least("steps", steps, rounds)
-    whole = Course(steps=steps)
-    for r in range(rounds):
-        views = repaired_views(scene, virtual, cameras, repair_prior, strength=strength, generator=generator, background=background, gain=gain, mask_unreliable=mask_unreliable)  # fmt: skip
+    whole, saved = Course(steps=steps), None if checkpoint is None else checkpoint.load(generator)
+    if saved is not None:
+        whole.history = json.loads(saved["history_before"])
+    for r in range(0 if saved is None else saved["round"], rounds):
+        if saved is not None:
+            views = VirtualViews(virtual, saved["targets"], saved["masks"], saved["weights"])
+        else:
+            views = repaired_views(scene, virtual, cameras, repair_prior, strength=strength, generator=generator, background=background, gain=gain, mask_unreliable=mask_unreliable)  # fmt: skip
         share = steps // rounds + (r < steps % rounds)
-        course = train_splats(scene, cameras, images, steps=share, generator=generator, rates=rates, virtual=views, background=background, on_step=on_step)  # fmt: skip
+        inner = None
+        if checkpoint is not None:
+            around = {"round": r, "targets": views.targets, "masks": views.masks, "weights": views.weight, "history_before": json.dumps(whole.history)}  # fmt: skip
+            inner = checkpoint.within(around, None if saved is None else saved["inner"])
+        saved = None
+        course = train_splats(scene, cameras, images, steps=share, generator=generator, rates=rates, virtual=views, background=background, checkpoint=inner, on_step=on_step)  # fmt: skip
         whole.history += [{**record, "round": float(r)} for record in course.history]
     return whole
