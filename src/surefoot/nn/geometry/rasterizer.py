@@ -36,7 +36,8 @@ from surefoot.nn.geometry.splats import GaussianScene, Splats
 
 Backend = Literal["auto", "torch", "gsplat"]
 LEAST_ALPHA, MOST_ALPHA, LEAST_T = 1 / 255, 0.99, 1e-4
-BUCKET_ELEMENTS = 2_000_000  # (tile, pixel, splat) triples worked on at once, so that they stay in the cache
+# (tile, pixel, splat) triples worked on at once: on a CPU few enough to stay in the cache, elsewhere many to keep the device busy
+BUCKET_ELEMENTS, DEVICE_BUCKET_ELEMENTS = 200_000, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -211,9 +212,10 @@ def buckets(lists: TileLists, tile: int) -> Iterator[Bucket]:
     order = torch.argsort(lists.length, descending=True)
     lengths = lists.length[order].tolist()
     device, first = lists.splat.device, 0
+    elements = BUCKET_ELEMENTS if device.type == "cpu" else DEVICE_BUCKET_ELEMENTS
     while first < len(lengths) and lengths[first] > 0:
         longest = lengths[first]
-        most = max(1, BUCKET_ELEMENTS // (longest * tile * tile))
+        most = max(1, elements // (longest * tile * tile))
         last = first
         while last < len(lengths) and last - first < most and lengths[last] >= 0.75 * longest:
             last += 1
@@ -257,9 +259,9 @@ class _Composite(torch.autograd.Function):
             alpha, log_t = _alphas(shape, bucket, lists.columns, tile)
             weight, stops = _weights(alpha, log_t)
             image[bucket.tiles] = weight @ channels[bucket.splat]
+            first = (log_t > _LOG_HALF).sum(-1).clamp_(max=log_t.shape[-1] - 1)
             end = log_t.masked_fill_(stops, 0.0).amin(-1).exp_()
             t_end[bucket.tiles] = end
-            first = (log_t.masked_fill_(stops, -torch.inf) > _LOG_HALF).sum(-1).clamp_(max=log_t.shape[-1] - 1)
             median[bucket.tiles] = depth[bucket.splat].gather(1, first).masked_fill_(end >= 0.5, 0.0)
         ctx.save_for_backward(shape, channels, image, t_end)
         ctx.lists, ctx.tile = lists, tile
