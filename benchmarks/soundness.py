@@ -315,14 +315,14 @@ def hit_votes(base: nn.Module, guide: Callable[[Tensor], Tensor], x: Tensor, y: 
         step = step / norm - grad / size
     point = (many + (1 - 1e-6) * r * step / step.flatten(1).norm(dim=1).clamp_min(1e-12).view_as(r)).detach()
     broken, open_ = torch.zeros(len(point), dtype=torch.bool), torch.arange(len(point))
-    for draws in (100, 20_000):  # most points are clear after a hundred votes
+    for draws in (100, 5000):  # most points are clear after a hundred votes
         counts = vote_counts(base, point[open_], draws, sigma=sigma, num_classes=mean.shape[1], generator=g)
         own = counts.gather(1, labels[open_, None])[:, 0]
         if draws > 100:
             broken[open_] = upper_confidence_bound(own, draws, ALPHA) < 0.5
         open_ = open_[own < 0.8 * draws]
-        if draws == 100 and len(open_) > 600:
-            open_ = open_[own[own < 0.8 * draws].argsort()[:600]]  # the most doubtful ones
+        if draws == 100 and len(open_) > 200:
+            open_ = open_[own[own < 0.8 * draws].argsort()[:200]]  # the most doubtful ones
     return len(point), broken.view(len(x), starts).any(1)
 
 
