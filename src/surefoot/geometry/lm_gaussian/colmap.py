@@ -1,8 +1,8 @@
-"""Poses without a large model: structure from motion by pycolmap (SIFT, exhaustive matching, incremental mapping), on the CPU.
+"""Poses without a large model: structure from motion by pycolmap (SIFT, exhaustive matching, incremental mapping) and OpenCV, on the CPU.
 
-A ladder of settings is climbed until all photos are in: the defaults, then looser thresholds for wide baselines. Matching itself is never widened:
-that gives more points, but poses that can be wrong by tens of degrees with an innocent reprojection error. So the result passes a gate: for every pair with
-enough verified matches, the share of them that agree with the final poses (Sampson error below 2 pixels). What does not pass is named.
+A ladder of three ways (`ladder.py`) is climbed until all photos are in and a trust gate (`trust.py`) has nothing to say against their poses. Matching itself
+is never widened: that gives more points, but poses that can be wrong by tens of degrees with an innocent reprojection error. The result says which rung
+it stands on, what each placed, which photos found no place or hang together in groups of their own, and every doubt that is left.
 
 Dense depths come from a plane sweep between the sparse points' depths. The extra `geometry` is needed.
 """
@@ -10,9 +10,10 @@ Dense depths come from a plane sweep between the sparse points' depths. The extr
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, MissingExtra, check
+from surefoot.geometry.lm_gaussian.ladder import RUNGS, Climb, climb
 from surefoot.geometry.lm_gaussian.priors import MultiView
 from surefoot.geometry.lm_gaussian.sweep import plane_sweep
+from surefoot.geometry.lm_gaussian.trust import doubts
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.ply import PointCloud
-from surefoot.nn.geometry.rotations import rigid, skew
+from surefoot.nn.geometry.rotations import rigid
 
-LOOSE = {
-    "init_min_num_inliers": 30,
-    "init_min_tri_angle": 4.0,
-    "abs_pose_min_num_inliers": 15,
-    "abs_pose_min_inlier_ratio": 0.15,
-}
-RUNGS = (("default settings", {}, 15), ("loose thresholds", LOOSE, 10))
-FEW_MATCHES, MOST_SAMPSON, LEAST_SHARE, MOST_REPROJECTION, FEW_POINTS = 15, 2.0, 0.8, 0.7, 15
+DISC = 15.0  # pixels of the full-size photo within which a sparse point supports a depth
+
+
+@dataclass(frozen=True)
+class ColmapViews(MultiView):
+    """What structure from motion found, and how."""
+
+    rung: int = 0  # 1, 2 or 3 of `ladder.RUNGS`
+    tried: tuple[str, ...] = ()  # a sentence for each rung that was tried
+    doubts: tuple[str, ...] = ()  # what speaks against the poses; they stand in `notes` too
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,9 @@ class ColmapPrior:
     work_size: tuple[int, int] | None = None
     dense: bool = True
     seed: int = 0
-    name: str = field(default="pycolmap structure from motion + plane sweep", init=False)
+    name: str = field(default="structure from motion by pycolmap and OpenCV + plane sweep", init=False)
 
-    def reconstruct(self, images: Sequence[Tensor], names: Sequence[str], K: Tensor | None = None) -> MultiView:
+    def reconstruct(self, images: Sequence[Tensor], names: Sequence[str], K: Tensor | None = None) -> ColmapViews:
         """Raises `InvalidInput` where fewer than two photos register, with what was tried."""
         pycolmap = _pycolmap()
         check(len(images) >= 2, f"Structure from motion needs at least two photos, got {len(images)}.")
@@ -60,11 +65,15 @@ class ColmapPrior:
             files = _write_photos(images, Path(scratch) / "photos")
             database = Path(scratch) / "matches.db"
             self._match(pycolmap, database, Path(scratch) / "photos", K)
-            model, rung, tried = self._map(pycolmap, database, Path(scratch), len(images), K)
-            if model is None or model.num_reg_images() < 2:
-                raise InvalidInput(f"Structure from motion placed none of the {len(images)} photos ({'; '.join(tried)}); take them closer together, with more texture in view.")  # fmt: skip
-            notes = _gate(pycolmap, model, database, dict(zip(files, names, strict=True)))
-        return self._result(model, files, names, images, rung, tried, notes)
+            by_file = dict(zip(files, names, strict=True))
+
+            def judge(model: Any) -> list[str]:
+                return doubts(pycolmap, model, database, by_file, known=K is not None)
+
+            found = climb(pycolmap, database, Path(scratch) / "photos", len(images), known=K is not None, seed=self.seed, judge=judge)  # fmt: skip
+            if found.model is None:
+                raise InvalidInput(f"Structure from motion placed none of the {len(images)} photos ({'; '.join(found.tried)}); take them closer together, with more texture in view.")  # fmt: skip
+        return self._result(found, files, names, images)
 
     def _match(self, pycolmap: Any, database: Path, folder: Path, K: Tensor | None) -> None:
         reader = pycolmap.ImageReaderOptions()
@@ -79,46 +88,15 @@ class ColmapPrior:
         matching.num_threads = 1
         pycolmap.match_exhaustive(database, matching_options=matching, device=pycolmap.Device.cpu)
 
-    def _map(
-        self, pycolmap: Any, database: Path, scratch: Path, count: int, K: Tensor | None
-    ) -> tuple[Any, str, list[str]]:
-        """The largest model of the first rung that places every photo, else of the rung that places most."""
-        best, best_rung, tried = None, "", []
-        for number, (rung, thresholds, least_matches) in enumerate(RUNGS):
-            options = pycolmap.IncrementalPipelineOptions()
-            options.min_model_size, options.min_num_matches = 2, least_matches
-            options.num_threads, options.random_seed = 1, self.seed
-            options.ba_refine_focal_length = options.mapper.abs_pose_refine_focal_length = K is None
-            for key, value in thresholds.items():
-                setattr(options.mapper, key, value)
-            out = scratch / f"rung{number}"
-            out.mkdir()
-            models = pycolmap.incremental_mapping(database, scratch / "photos", out, options)
-            largest = max(models.values(), key=lambda m: (m.num_reg_images(), m.num_points3D()), default=None)
-            placed = 0 if largest is None else largest.num_reg_images()
-            groups = f" in {len(models)} groups" if len(models) > 1 else ""
-            tried.append(f"{rung}: {placed} of {count} photos{groups}")
-            if largest is not None and (best is None or placed > best.num_reg_images()):
-                best, best_rung = largest, rung
-            if placed == count:
-                break
-        return best, best_rung, tried
-
     def _result(
-        self,
-        model: Any,
-        files: Sequence[str],
-        names: Sequence[str],
-        images: Sequence[Tensor],
-        rung: str,
-        tried: list[str],
-        notes: list[str],
-    ) -> MultiView:
+        self, found: Climb, files: Sequence[str], names: Sequence[str], images: Sequence[Tensor]
+    ) -> ColmapViews:
+        model = found.model
         height, width = images[0].shape[:2]
         size = self.work_size or (width, height)
         by_file = {image.name: image for image in model.images.values() if image.has_pose}
         registered = tuple(k for k, file in enumerate(files) if file in by_file)
-        cameras, ranges = [], []
+        cameras, ranges, tracks = [], [], []
         points = dict(model.points3D.items())
         for k in registered:
             image = by_file[files[k]]
@@ -126,41 +104,58 @@ class ColmapPrior:
             K = torch.from_numpy(image.camera.calibration_matrix()).float()
             camera = Camera(K, rigid(pose[:, :3], pose[:, 3]), width, height, names[k]).resized(*size)
             cameras.append(camera)
-            seen = [points[p.point3D_id].xyz for p in image.points2D if p.has_point3D()]
-            z = (torch.tensor(np.array(seen), dtype=torch.float32).reshape(-1, 3) @ pose[2, :3] + pose[2, 3]).clamp_min(
-                1e-3
-            )
-            low, high = (
-                torch.quantile(z, torch.tensor([0.005, 0.995])) if len(z) > 1 else torch.tensor([0.5, 10.0])
-            ).tolist()
-            ranges.append((low * 0.9, high * 1.1))
+            seen = [(points[p.point3D_id].xyz, p.xy) for p in image.points2D if p.has_point3D()]
+            xyz = torch.tensor(np.array([x for x, _ in seen]), dtype=torch.float32).reshape(-1, 3)
+            pixels = torch.tensor(np.array([uv for _, uv in seen]), dtype=torch.float32).reshape(-1, 2)
+            ranges.append(_depth_range(xyz @ pose[2, :3] + pose[2, 3]))
+            tracks.append(pixels * torch.tensor([size[0] / width, size[1] / height]))
         xyz = torch.tensor(np.array([p.xyz for p in points.values()]), dtype=torch.float32).reshape(-1, 3)
         rgb = torch.tensor(np.array([p.color for p in points.values()]), dtype=torch.float32).reshape(-1, 3) / 255
-        missing = [names[k] for k in range(len(names)) if k not in registered]
-        if missing:
-            notes = [f"{len(missing)} photos found no place ({', '.join(missing)}); tried: {'; '.join(tried)}.", *notes]
-        elif rung != RUNGS[0][0]:
-            notes = [f"The poses needed {rung}.", *notes]
         depths = conf = None
         if self.dense and len(cameras) >= 2:
             small = torch.stack([_resized(images[k], size) for k in registered])
-            depths, conf = plane_sweep(small, cameras, ranges)
-        return MultiView(tuple(cameras), registered, PointCloud(xyz, rgb), depths, conf, tuple(notes))
+            depths, conf = plane_sweep(small, cameras, ranges, tracks=tracks, disc=DISC * size[0] / width)
+        notes = tuple(_notes(found, dict(zip(files, names, strict=True)), registered))
+        return ColmapViews(tuple(cameras), registered, PointCloud(xyz, rgb), depths, conf, notes, found.rung, found.tried, found.doubts)  # fmt: skip
+
+
+def _notes(found: Climb, names: Mapping[str, str], registered: Sequence[int]) -> Iterator[str]:
+    """Photos without a place and the groups they form, the rung, the doubts."""
+    missing = [name for k, name in enumerate(names.values()) if k not in registered]
+    if missing:
+        yield f"{len(missing)} photos found no place ({', '.join(missing)}); tried: {'; '.join(found.tried)}."
+    if len(found.groups) > 1:
+        listed = "; ".join(", ".join(names[file] for file in group) for group in found.groups)
+        yield f"The photos fall into {len(found.groups)} groups that do not hang together ({listed}); the first is used."
+    if found.rung > 1 and not missing:
+        yield f"The poses needed the {RUNGS[found.rung - 1]} ({'; '.join(found.tried)})."
+    yield from found.doubts
+
+
+def _depth_range(z: Tensor) -> tuple[float, float]:  # [P]
+    """From the 0.5th to the 99.5th percentile of the sparse depths, a tenth wider."""
+    z = z[z > 0]
+    if len(z) < 2:
+        return 0.45, 11.0
+    low, high = torch.quantile(z, z.new_tensor([0.005, 0.995])).tolist()
+    return low * 0.9, high * 1.1
 
 
 def _pycolmap() -> Any:
-    try:
-        import pycolmap  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise MissingExtra("pycolmap", "geometry") from error
-    return pycolmap
+    """pycolmap, with OpenCV loaded beside it: loaded later, OpenCV would turn pycolmap's messages on again."""
+    for module, package in (("cv2", "opencv-python-headless"), ("pycolmap", "pycolmap")):
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise MissingExtra(package, "geometry") from error
+    return import_module("pycolmap")
 
 
 @contextmanager
 def _quiet(pycolmap: Any) -> Iterator[None]:
-    """Warnings and errors of the C++ side only."""
+    """No messages of the C++ side: what matters of them is in the result."""
     before = pycolmap.logging.minloglevel
-    pycolmap.logging.minloglevel = 2
+    pycolmap.logging.minloglevel = 3
     try:
         yield
     finally:
@@ -182,59 +177,3 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image
     x = F.interpolate(image.permute(2, 0, 1)[None], size=(size[1], size[0]), mode="bilinear", antialias=True)
     return x[0].permute(1, 2, 0)
-
-
-def sampson_errors(
-    a: Tensor,  # [M, 2] pixels in the first photo
-    b: Tensor,  # [M, 2] pixels in the second
-    fundamental: Tensor,  # [3, 3], b^T F a = 0
-) -> Tensor:  # [M], pixels
-    """First-order distance of matches to the epipolar geometry."""
-    ones = torch.ones_like(a[:, :1])
-    a, b = torch.cat([a, ones], 1), torch.cat([b, ones], 1)
-    fa, fb = a @ fundamental.mT, b @ fundamental
-    top = (b * fa).sum(1)
-    return top.abs() / (fa[:, :2].square().sum(1) + fb[:, :2].square().sum(1)).clamp_min(1e-12).sqrt()
-
-
-def fundamental_of(first: Tensor, second: Tensor, K_first: Tensor, K_second: Tensor) -> Tensor:  # w2c [4, 4] twice
-    """The fundamental matrix of two posed cameras."""
-    relative = second @ torch.linalg.inv(first)
-    essential = skew(relative[:3, 3]) @ relative[:3, :3]
-    return torch.linalg.inv(K_second).mT @ essential @ torch.linalg.inv(K_first)
-
-
-def _gate(pycolmap: Any, model: Any, database: Path, names: dict[str, str]) -> list[str]:
-    """What a reader must know before trusting these poses."""
-    notes, placed = [], {i: im for i, im in model.images.items() if im.has_pose}
-    error = model.compute_mean_reprojection_error()
-    if error > MOST_REPROJECTION:
-        notes.append(f"The mean reprojection error is {error:.2f} pixels; the poses may be off.")
-    thin = [names[im.name] for im in placed.values() if sum(p.has_point3D() for p in im.points2D) < FEW_POINTS]
-    if thin:
-        notes.append(f"Fewer than {FEW_POINTS} points hold {', '.join(thin)}.")
-    for first, second, share in _agreement(pycolmap, placed, database):
-        if share < LEAST_SHARE:
-            notes.append(
-                f"Only {share:.0%} of the matches between {names[first]} and {names[second]} agree with their poses."
-            )
-    return notes
-
-
-def _agreement(pycolmap: Any, placed: dict[int, Any], database: Path) -> Iterator[tuple[str, str, float]]:
-    def pose(image: Any) -> tuple[Tensor, Tensor]:
-        m = torch.from_numpy(image.cam_from_world().matrix()).double()
-        return rigid(m[:, :3], m[:, 3]), torch.from_numpy(image.camera.calibration_matrix()).double()
-
-    with pycolmap.Database.open(str(database)) as db:
-        ids = sorted(placed)
-        for k, i in enumerate(ids):
-            for j in ids[k + 1 :]:
-                matches = db.read_two_view_geometry(i, j).inlier_matches
-                if len(matches) < FEW_MATCHES:
-                    continue
-                a, b = (torch.from_numpy(np.asarray(db.read_keypoints(x))[:, :2].astype(np.float64)) for x in (i, j))
-                (first, K_first), (second, K_second) = pose(placed[i]), pose(placed[j])
-                F_ij = fundamental_of(first, second, K_first, K_second)
-                errors = sampson_errors(a[matches[:, 0].astype(np.int64)], b[matches[:, 1].astype(np.int64)], F_ij)
-                yield placed[i].name, placed[j].name, float((errors < MOST_SAMPSON).double().mean())

@@ -2,7 +2,11 @@
 
 For each view, planes of equal depth are swept through the scene; the neighbours are warped onto each plane by its homography and compared by zero-mean
 normalised cross-correlation (ZNCC) over a 7 x 7 window. The winner is refined by a parabola in inverse depth. A left-right check keeps what two views
-agree on within one percent. Confidence is 1 + 10 (best - second best ZNCC), and 1.001 with depth 0 where nothing supports a depth.
+agree on within one percent. Confidence is
+
+    c = 1 + 10 (best - second best ZNCC)_+ (1 + min(tracks in a disc, 2)),
+
+where tracks are the sparse points that the view sees; and 1.001 with depth 0 where nothing supports a depth.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch.nn import functional as F
 from surefoot.errors import check, check_at_least
 from surefoot.nn.geometry.cameras import Camera, back_project, transform
 
-UNSUPPORTED = 1.001
+UNSUPPORTED, MOST_SUPPORT = 1.001, 2
 
 
 @torch.no_grad()
@@ -25,6 +29,8 @@ def plane_sweep(
     cameras: Sequence[Camera],
     near_far: Sequence[tuple[float, float]],  # per view, from its sparse points
     *,
+    tracks: Sequence[Tensor] | None = None,  # per view [P, 2], the pixels of its sparse points
+    disc: float = 15.0,
     planes: int = 64,
     window: int = 7,
     neighbours: int = 3,
@@ -43,8 +49,30 @@ def plane_sweep(
         order = (centres - centres[k]).norm(dim=1).argsort()[1 : 1 + neighbours].tolist()
         found.append(_sweep_one(grey, cameras, k, order, near_far[k], planes, window))
     depths, conf = torch.stack([d for d, _ in found]), torch.stack([c for _, c in found])
+    if tracks is not None:
+        check(len(tracks) == len(images), f"There are tracks of {len(tracks)} views for {len(images)} images.")
+        support = torch.stack([track_support(t.to(conf), conf.shape[1:], disc) for t in tracks])
+        conf = torch.where(conf > UNSUPPORTED, 1 + (conf - 1) * (1 + support), conf)
     conf = _checked(depths, conf, cameras, agree)
     return torch.where(conf > UNSUPPORTED, depths, torch.zeros_like(depths)), conf
+
+
+def track_support(
+    tracks: Tensor,  # [P, 2], pixels
+    shape: Sequence[int],  # height, width
+    disc: float,
+) -> Tensor:  # [H, W]
+    """How many sparse points lie within `disc` pixels of each pixel, at most two."""
+    height, width = shape
+    reach = int(disc)
+    column, row = tracks.floor().long().unbind(1)
+    inside = (column >= 0) & (row >= 0) & (column < width) & (row < height)
+    counts = tracks.new_zeros(height * width)
+    counts.index_add_(0, (row * width + column)[inside], torch.ones_like(tracks[inside, 0]))
+    step = torch.arange(-reach, reach + 1, dtype=tracks.dtype, device=tracks.device)
+    round_ = (step[:, None] ** 2 + step**2 <= disc**2).to(tracks)
+    found = F.conv2d(counts.view(1, 1, height, width), round_[None, None], padding=reach)[0, 0]
+    return found.round().clamp_max(MOST_SUPPORT)
 
 
 def _sweep_one(
