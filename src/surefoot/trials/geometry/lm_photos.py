@@ -55,7 +55,7 @@ from surefoot.nn.geometry.rotations import invert_rigid
 from surefoot.nn.geometry.splats import GaussianScene
 
 COUNTS = (3, 6, 9, 16)
-STEPS, REFINE_STEPS, SPLATS, FIT_STEPS = 300, 100, 6000, 60
+STEPS, REFINE_STEPS, SPLATS, FIT_STEPS, VIRTUAL = 300, 100, 6000, 40, 12
 MEANS = (1e-3, 4e-3, 1e-2)  # x extent
 REPAIR = PatchDenoiserRepair(fit_steps=300, batch=16, lr=2e-3, widths=(16, 32, 48))
 SWITCHES = Switches(rounds=2, enhancement=False)
@@ -205,7 +205,7 @@ def photo_arm(
 def _full(
     found: ColmapViews, images: Tensor, means: float, cloud: str, generator: torch.Generator
 ) -> tuple[GaussianScene, tuple[Camera, ...]]:
-    budget = Budget(steps=STEPS, refine_steps=REFINE_STEPS, splats=SPLATS, virtual_per_gap=4, path_frames=2, rates=Rates(means=means))  # fmt: skip
+    budget = Budget(steps=STEPS, refine_steps=REFINE_STEPS, splats=SPLATS, virtual_per_gap=max(1, VIRTUAL // len(images)), path_frames=2, rates=Rates(means=means))  # fmt: skip
     prior = KnownViews(views_of(found, found.registered), ColmapPrior.name)
     result = reconstruct(list(images), stereo_prior=prior, repair_prior=replace(REPAIR), mode="forward", switches=SWITCHES, budget=budget, generator=generator)  # fmt: skip
     return result.scene, result.cameras
