@@ -158,6 +158,30 @@ def test_shared_noise_keeps_the_level_of_each_certificate():
     assert (broken <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / repeats)).all()
 
 
+def test_a_certificate_does_not_depend_on_the_other_inputs_of_the_call():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x = torch.rand(6, 4, dtype=torch.float64, generator=rng())
+    options = {"sigma": 0.5, "num_classes": 3, "n0": 20, "n": 300}
+    whole = sm.certify(net, x, generator=rng(2), **options)
+    part = sm.certify(net, x[3:5], generator=rng(2), **options)
+    assert torch.equal(whole.prediction[3:5], part.prediction)
+    assert torch.equal(whole.radius[3:5], part.radius)
+
+
+def test_the_batch_follows_the_widest_layer_and_leaves_no_hook():
+    wide = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 64, 3))
+    x = torch.rand(3, 1, 8, 8, generator=rng())
+    assert sm.check_deterministic(wide, x) == 64 * 64
+    assert sm.check_deterministic(lambda z: z.flatten(1)[:, :3], x) == 256
+    assert not any(m._forward_hooks for m in wide.modules())
+    assert sm.default_batch(x, 64 * 64) == 32
+    seen = []
+    wide[0].register_forward_hook(lambda _m, z, _y: seen.append(len(z[0])))
+    sm.certify(wide, x, sigma=0.5, num_classes=3, generator=rng(), n0=10, n=100)
+    assert max(seen) == 32
+
+
 class Viewed(nn.Module):
     """A convolution followed by a `view`, which refuses memory laid out channels last."""
 
@@ -253,9 +277,9 @@ def test_certificates_of_half_spaces_are_broken_at_most_alpha_of_the_time():
     """10,000 certificates at alpha = .05, each with the truth known: radius > distance is an attack that succeeds."""
     p, alpha, trials = 0.8, 0.05, 10_000
     model, x = biased_coin(p)
-    found = sm.certify(
-        model, x.expand(trials, -1).contiguous(), sigma=1.0, num_classes=2, generator=rng(5), n0=20, n=100, alpha=alpha
-    )
+    many = x.expand(trials, -1).contiguous()  # independent repeats, so each with draws of its own
+    options = {"sigma": 1.0, "num_classes": 2, "n0": 20, "n": 100, "alpha": alpha, "shared": False}
+    found = sm.certify(model, many, generator=rng(5), **options)
     distance = float(stats.norm.ppf(p))
     certified = found.prediction == 1
     broken = (certified & (found.radius > distance)).double().mean().item()
@@ -331,7 +355,7 @@ def test_looks_keep_alpha_whatever_stops_them():
     many = x.expand(trials, -1).contiguous()
     target = float(stats.norm.ppf(p)) + 1e-9  # an optimist's target: any success is a failure of the bound
     limit = alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
-    options = {"sigma": 1.0, "num_classes": 2, "n0": 30}
+    options = {"sigma": 1.0, "num_classes": 2, "n0": 30, "shared": False}
     looks = sm.Looks(at, (0.1,) * 10, target=target)
     found = sm.certify(model, many, generator=rng(), alpha=alpha, looks=looks, **options)
     assert ((found.p_lower > p) & (found.prediction == 1)).double().mean() <= limit
@@ -362,7 +386,7 @@ def test_a_geometric_plan_is_declared_before_any_draw_and_keeps_alpha():
     model, x = biased_coin(p)
     target = float(stats.norm.ppf(p)) + 1e-9  # whoever stops early has broken the bound
     plan = sm.Looks.geometric(400, target=target, first=25, factor=2)
-    options = {"sigma": 1.0, "num_classes": 2, "n0": 30, "alpha": alpha}
+    options = {"sigma": 1.0, "num_classes": 2, "n0": 30, "alpha": alpha, "shared": False}
     found = sm.certify(model, x.expand(trials, -1).contiguous(), generator=rng(3), looks=plan, **options)
     broken = ((found.p_lower > p) & (found.prediction == 1)).double().mean().item()
     assert 0.005 < broken <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)

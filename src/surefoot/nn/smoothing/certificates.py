@@ -16,7 +16,7 @@ from surefoot.nn.smoothing.bounds import (
     smoothing_radius,
     upper_confidence_bound,
 )
-from surefoot.nn.smoothing.sampling import Model, check_deterministic, check_request, vote_counts
+from surefoot.nn.smoothing.sampling import Model, check_deterministic, check_request, default_batch, vote_counts
 
 ABSTAIN = -1
 
@@ -82,7 +82,7 @@ def certify(
     n: int = 10_000,
     alpha: float = 0.001,
     batch_size: int | None = None,
-    shared: bool = False,
+    shared: bool = True,
     looks: Looks | None = None,
     stochastic: bool = False,
 ) -> Certificates:
@@ -91,15 +91,18 @@ def certify(
     c = argmax of n0 votes; pA = lower bound from n fresh votes; (c, sigma Phi^-1(pA)) if pA > 1/2, else abstain.
     `looks` replaces n by a pre-declared plan that may stop early and keeps alpha. `generator` may live on any device;
     the noise has the dtype and device of x. The radius is at most sigma Phi^-1(alpha^(1/n)).
-    `shared=True` draws one set of noise for all inputs (up to twice as fast on small networks): each certificate keeps its
-    level, but they are no longer independent of each other. `stochastic=True` declares a base that answers differently to the same input, with independent draws.
+    One set of noise serves all inputs (each input's votes are Binomial(n, p) all the same, so each certificate keeps its level
+    alpha, and does not depend on which other inputs are in the call); `shared=False` draws anew for each, for those who need
+    certificates that are independent of each other too. `stochastic=True` declares a base that answers differently to the same
+    input, with independent draws.
     """
     check_request(x, n0, n, alpha)
     plan = looks or Looks((n,), (1.0,))
     options = {"sigma": sigma, "num_classes": num_classes, "generator": generator}
     options |= {"batch_size": batch_size, "shared": shared}
     if not stochastic:
-        check_deterministic(model, x)
+        widest = check_deterministic(model, x)
+        options["batch_size"] = default_batch(x, widest) if batch_size is None else batch_size
     chosen = vote_counts(model, x, n0, **options).argmax(1)
     p_lower, draws = _sequential_bound(model, x, chosen, plan, alpha, options)
     radius = smoothing_radius(p_lower, sigma)
@@ -119,11 +122,13 @@ def predict(
     batch_size: int | None = None,
     stochastic: bool = False,
 ) -> Tensor:  # int64 [B]
-    """The smoothed class, or ABSTAIN where a two-sided binomial test of the two top counts has p > alpha."""
+    """The smoothed class, or ABSTAIN where a two-sided binomial test of the two top counts has p > alpha. One set of noise for all."""
     check_request(x, 1, n, alpha)
+    options = {"sigma": sigma, "num_classes": num_classes, "generator": generator, "batch_size": batch_size}
     if not stochastic:
-        check_deterministic(model, x)
-    counts = vote_counts(model, x, n, sigma=sigma, num_classes=num_classes, generator=generator, batch_size=batch_size)
+        widest = check_deterministic(model, x)
+        options["batch_size"] = default_batch(x, widest) if batch_size is None else batch_size
+    counts = vote_counts(model, x, n, shared=True, **options)
     top = counts.topk(2, dim=1)
     return torch.where(binomial_p_value(*top.values.unbind(1)) <= alpha, top.indices[:, 0], ABSTAIN)
 

@@ -85,7 +85,7 @@ def noisy_batches(
     check(bool((torch.as_tensor(sigma) > 0).all()), f"sigma must be positive, got {sigma!r}.")
     check(math.isfinite(float(torch.as_tensor(sigma).max())), f"sigma must be finite, got {sigma!r}.")
     scale = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    size = min(batch_size or default_batch(x), len(x) * n)
+    size = min(default_batch(x) if batch_size is None else batch_size, len(x) * n)
     check_at_least("batch_size", size, 1)
     # Buffers are filled in place: fresh memory for each batch costs more than drawing the noise does.
     noise = torch.empty((size, *x.shape[1:]), dtype=x.dtype, device=generator.device)
@@ -130,10 +130,13 @@ def _prefers_channels_last(models: Sequence[Model], x: Tensor) -> bool:
         return False
 
 
-def default_batch(x: Tensor) -> int:
-    """A batch whose activations stay in a CPU core's cache (bigger ones are up to twice slower), large on a GPU."""
+def default_batch(x: Tensor, widest: int = 256) -> int:
+    """A batch whose widest layer (so many numbers for one input) stays in a CPU core's cache: bigger ones are up to twice slower.
+    Large on a GPU."""
     numbers = max(1, math.prod(x.shape[1:]))
-    return min(max(2**17 // numbers, 128), 512) if x.device.type == "cpu" else min(max(2**23 // numbers, 64), 8192)
+    if x.device.type != "cpu":
+        return min(max(2**23 // numbers, 64), 8192)
+    return min(max(2**17 // max(numbers, widest), 8), 2048)
 
 
 @contextmanager
@@ -150,15 +153,37 @@ def evaluating(*models: Model) -> Iterator[None]:
             part.training = training
 
 
-def check_deterministic(model: Model, x: Tensor, probes: int = 8) -> None:
-    """Refuse a base classifier that answers the same input differently: its randomness has to be declared."""
+def check_deterministic(model: Model, x: Tensor, probes: int = 8) -> int:
+    """Refuse a base classifier that answers the same input differently: its randomness has to be declared.
+
+    Returns how many numbers its widest layer gives for one input, for `default_batch` (256 where no layers can be watched).
+    """
+    few = x[:probes]
+    seen: list[int] = []
+
+    def watch(_module: nn.Module, _args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            seen.append(output.numel() // len(few))
+
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    hooks = [
+        part.register_forward_hook(watch)
+        for part in parts
+        if not isinstance(part, torch.jit.ScriptModule) and next(part.children(), None) is None
+    ]
     with evaluating(model), torch.inference_mode():
-        first, second = model(x[:probes].clone()), model(x[:probes].clone())
+        try:
+            first = model(few.clone())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        second = model(few.clone())
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise Refused(
             "The model gives different logits for the same input in evaluation mode; if its draws are independent, "
             "say so with stochastic=True, else make it deterministic."
         )
+    return max(seen) if len(seen) > 1 else 256
 
 
 def check_request(x: Tensor, n0: int, n: int, alpha: float) -> None:
