@@ -96,8 +96,15 @@ def zeroth_order() -> list[dict]:
             f"{((v - true).norm() / true.norm()).item():.3f}" for v in (a, b)
         )
 
-    cge = lambda: zo_gradient(lambda p, rows: loss(p), z, mu=mu).gradient  # noqa: E731
-    rge = lambda: zo_gradient(lambda p, rows: loss(p), z, method="rge", mu=mu, generator=rng(2)).gradient  # noqa: E731
+    def ask(points: Tensor, rows: Tensor) -> Tensor:
+        return loss(points)
+
+    def cge() -> Tensor:
+        return zo_gradient(ask, z, mu=mu).gradient
+
+    def rge() -> Tensor:
+        return zo_gradient(ask, z, method="rge", mu=mu, generator=rng(2)).gradient
+
     return [
         row("CGE, 8 x 64, 1,024 queries", cge, "plain loop", lambda: plain_cge(loss, z, mu), errors),
         row("RGE, 8 x 64, 520 queries", rge, "plain loop", lambda: plain_rge(loss, z, mu, 64, rng(2)), errors),
@@ -158,7 +165,10 @@ def patterns() -> list[dict]:
     centres = torch.rand(3, 6, generator=g)
     y = torch.randint(3, (600,), generator=g)
     x = (centres[y] + 0.15 * torch.randn(600, 6, generator=g)).clamp(0, 1)
-    build = lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))  # noqa: E731
+
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
     net = seeded_build(build, rng(4))
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(150):
@@ -207,7 +217,10 @@ def one_pass() -> list[dict]:
     x, n, n0 = torch.rand(10, 1, 8, 8, generator=rng(8)), 1000, 100
     ask = {"sigma": 0.25, "num_classes": 10, "n": n, "n0": n0}
     passes = len(x) * (n + n0)
-    quality = lambda a, b: f"forward passes {passes:,} of one net | {passes:,} of each of two"  # noqa: E731
+
+    def quality(a: Any, b: Any) -> str:
+        return f"forward passes {passes:,} of one net | {passes:,} of each of two"
+
     return [row(f"rrcm, certify {len(x)} images, n = {n}", lambda: certify(single, x, generator=rng(9), **ask), "denoise then classify", lambda: certify(double, x, generator=rng(9), **ask), quality)]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,16 @@ from torch import Tensor, nn
 from surefoot.adversarial.adaptive_smoothing import certify_mixed
 from surefoot.certified.crmt import MultiModalClassifier, OrthogonalFusion, estimate_lipschitz, multimodal_radius
 from surefoot.certified.dual_smoothing import DualSmoothedClassifier
-from surefoot.certified.nap import mine_naps, neuron_values, verify_nap
+from surefoot.certified.nap import ActivationPattern, mine_naps, neuron_values, verify_nap
 from surefoot.certified.prototype_rbf import ClassificationByComponents, cbc_radius
+from surefoot.certified.prototype_rbf.certificate import Method as RadiusMethod
+from surefoot.certified.prototype_rbf.head import Kernel
 from surefoot.certified.robust_conformal import SmoothedScores, calibrate, robust_sets, true_label
+from surefoot.certified.robust_conformal.sets import Bound
 from surefoot.certified.rrcm import ClassifierEncoder, SmoothableClassifier
 from surefoot.certified.zo_smoothing import BlackBox, RobustifiedModel
 from surefoot.nn.bounds import Limits, Method, decide_margins, verified
+from surefoot.nn.bounds.statements import Norm
 from surefoot.nn.smoothing import Looks, certify, predict, upper_confidence_bound, vote_counts
 
 ALPHA, LEAST, F64 = 1e-6, 10_000, torch.float64
@@ -112,11 +117,11 @@ def attack(
     return tried, broken.view(rows, starts).any(1)
 
 
-def bounds(method: Method, norm: str, inflate: float) -> Row:
+def bounds(method: Method, norm: Norm, inflate: float) -> Row:
     net, x, y = trained_net()
     best = torch.zeros(len(x), dtype=F64)
     for eps in torch.linspace(0.01, 0.3, 12, dtype=F64).tolist():
-        best[verified(net, x, y, eps, method=method, norm=norm)] = eps  # type: ignore[arg-type]
+        best[verified(net, x, y, eps, method=method, norm=norm)] = eps
     good = best > 0
     inside = (x[good], y[good], best[good])
     tried, broken = attack(net, *inside, norm=norm, starts=10)
@@ -143,6 +148,10 @@ def complete() -> Row:
     return Row(int(good.sum()), tried, int(broken.sum()), "linf radius x 1.5", int(beyond.sum()))
 
 
+def follows(pattern: ActivationPattern, net: nn.Module, points: Tensor) -> Tensor:  # bool [B]
+    return pattern.follows(neuron_values(net, points)[1])
+
+
 def nap() -> Row:
     """Points that follow the pattern within the ball; the mistake is to forget that only these are promised."""
     net, x, y = trained_net(2)
@@ -158,20 +167,19 @@ def nap() -> Row:
             )
             if found.verified:
                 certificates += 1
-                follow = lambda at, p=pattern: p.follows(neuron_values(net, at)[1])  # noqa: E731
                 radius = torch.tensor([eps], dtype=F64)
-                more, hit = attack(net, point, label, radius, norm="linf", starts=80, keep=follow)
+                more, hit = attack(net, point, label, radius, norm="linf", starts=80, keep=partial(follows, pattern, net))  # fmt: skip
                 tried, broken = tried + more, broken + int(hit.sum())
                 caught += int(attack(net, point, label, 1.5 * radius, norm="linf", starts=80)[1].sum())
     return Row(certificates, tried, broken, "no pattern, radius x 1.5", caught)
 
 
-def prototypes(kernel: str, method: str) -> Row:
+def prototypes(kernel: Kernel, method: RadiusMethod) -> Row:
     tried = broken = certificates = caught = 0
     for seed in range(3):
-        head = ClassificationByComponents(6, 8, 4, kernel=kernel, generator=rng(seed)).double().requires_grad_(False)  # type: ignore[arg-type]
+        head = ClassificationByComponents(6, 8, 4, kernel=kernel, generator=rng(seed)).double().requires_grad_(False)
         x = 1.5 * torch.randn(300, 6, generator=rng(seed + 50), dtype=F64)
-        found = cbc_radius(head, x, method=method)  # type: ignore[arg-type]
+        found = cbc_radius(head, x, method=method)
         good = (found.radius > 0) & found.radius.isfinite()
         known = (x[good], found.prediction[good])
         more, hit = attack(head, *known, found.radius[good], norm="l2", starts=3, box=None)
@@ -242,7 +250,9 @@ def smoothing(looks: Looks | None = None, mix: float | None = None) -> Row:
     if mix is not None:
         found, share = certify_mixed(Band(), x, alpha=mix, n=400, level=ALPHA, **options), 1 / (2 * mix)
     else:
-        found = certify(Band(), x, n=400, alpha=ALPHA, looks=looks, **options)
+        found = certify(
+            Band(), x, n=400, alpha=ALPHA, looks=looks, shared=False, **options
+        )  # each may break for itself
     sure = ~found.abstained
     known = (x[sure], found.prediction[sure])
     tried, broken = hit_band(*known, found.radius[sure], sigma, share)
@@ -326,7 +336,7 @@ def hit_votes(base: nn.Module, guide: Callable[[Tensor], Tensor], x: Tensor, y: 
     return len(point), broken.view(len(x), starts).any(1)
 
 
-def net_votes(wrap: Callable[[nn.Module], tuple[nn.Module, nn.Module]]) -> Row:
+def net_votes(wrap: Callable[[nn.Sequential], tuple[nn.Module, nn.Module]]) -> Row:
     """A net behind a method's pipeline, smoothed: `wrap` gives the base that is certified and the differentiable twin."""
     sigma = 0.3
     net, flat, _ = trained_net(3, size=16)
@@ -341,15 +351,14 @@ def net_votes(wrap: Callable[[nn.Module], tuple[nn.Module, nn.Module]]) -> Row:
     return Row(int(sure.sum()), tried, int(broken.sum()), "L2 radius x 1.5 + 0.2", int(caught.sum()))
 
 
-def rrcm_base(inner: nn.Module) -> tuple[nn.Module, nn.Module]:
+def rrcm_base(inner: nn.Sequential) -> tuple[nn.Module, nn.Module]:
     model = SmoothableClassifier(ClassifierEncoder(inner, 3, (1, 4, 4)), 3, sigma=0.3, time=0.6)
-    last = inner[-1]  # type: ignore[index]
-    model.head.load_state_dict(last.state_dict())
+    model.head.load_state_dict(inner[-1].state_dict())
     model.requires_grad_(False).eval()
     return model, model
 
 
-def zo_base(inner: nn.Module) -> tuple[nn.Module, nn.Module]:
+def zo_base(inner: nn.Sequential) -> tuple[nn.Module, nn.Module]:
     blur = nn.Conv2d(1, 1, 3, padding=1, bias=False).requires_grad_(False)
     blur.weight.fill_(0.05)[0, 0, 1, 1] = 0.6
 
@@ -367,7 +376,9 @@ def conformal() -> Row:
     """Smoothed scores known, Phi(x): no label kept for the clean input may leave the set when the input is moved by eps; the
     Monte-Carlo form must keep 1 - alpha of 20 attacked worlds. The mistake: no shift by eps / sigma."""
     eps, alpha, g = 0.5, 0.1, rng(14)
-    covered, unshifted = [], []
+    covered: list[float] = []
+    unshifted: list[float] = []
+    ways: tuple[tuple[list[float], Bound, float], ...] = ((covered, "bernstein", eps), (unshifted, "none", 0.0))
     for _ in range(20):
         x = torch.randn(1500, 4, generator=g, dtype=F64)
         y = torch.distributions.Categorical(logits=-3 * x).probs.cumsum(1)
@@ -380,9 +391,9 @@ def conformal() -> Row:
 
         clean, attacked = scores(x[:500]), scores((x + push)[500:])
         means = true_label(clean.mean, label[:500])
-        for kept, bound, shift in ((covered, "bernstein", eps), (unshifted, "none", 0.0)):
-            threshold = calibrate(means, alpha=alpha, bound=bound)  # type: ignore[arg-type]
-            mask = robust_sets(attacked, threshold, eps=shift, sigma=1.0, bound=bound).mask  # type: ignore[arg-type]
+        for kept, bound, shift in ways:
+            threshold = calibrate(means, alpha=alpha, bound=bound)
+            mask = robust_sets(attacked, threshold, eps=shift, sigma=1.0, bound=bound).mask
             kept.append(true_label(mask, label[500:]).double().mean().item())
     low, wrong = (torch.tensor(v).mean().item() for v in (covered, unshifted))
     room = 3 * (alpha * (1 - alpha) / 500 / 20) ** 0.5  # of calibration, over 20 worlds

@@ -12,11 +12,11 @@ from surefoot.geometry.lm_gaussian import (
     OracleStereoPrior,
     Rates,
     Switches,
-    cloud_of,
     reconstruct,
     train_splats,
 )
 from surefoot.geometry.lm_gaussian.poses import PoseIncrements
+from surefoot.geometry.lm_gaussian.simulated import oracle_cloud
 from surefoot.geometry.lm_gaussian.stages import StageStore
 from surefoot.nn.geometry.alignment import pose_errors
 from surefoot.nn.geometry.rotations import se3_exp
@@ -44,8 +44,7 @@ def photos(views):
 @pytest.fixture(scope="module")
 def known(views, photos):
     """Splats that fit the photos under the true poses."""
-    depths, w2c, K = (torch.stack(t) for t in zip(*((v.depth, v.camera.w2c, v.camera.K) for v in views), strict=True))
-    cloud = cloud_of(depths, depths < 20, photos, w2c, K, at_most=1500, generator=rng())
+    cloud = oracle_cloud(views, at_most=1500, generator=rng())
     scene = GaussianScene.from_points(cloud.points, cloud.rgb, degree=0)
     train_splats(scene, [v.camera for v in views], photos, steps=120, generator=rng())
     return scene

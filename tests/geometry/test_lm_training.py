@@ -21,12 +21,12 @@ from surefoot.geometry.lm_gaussian import (
     PatchDenoiserRepair,
     Rates,
     Switches,
-    cloud_of,
     reconstruct,
     refine,
     train_splats,
     virtual_cameras,
 )
+from surefoot.geometry.lm_gaussian.simulated import oracle_cloud
 from surefoot.geometry.lm_gaussian.stages import StageStore
 from surefoot.nn.geometry.densification import DensificationStrategy
 from surefoot.nn.geometry.splats import NAMES, GaussianScene
@@ -55,9 +55,8 @@ def photos(views):
 
 
 @pytest.fixture(scope="module")
-def cloud(views, photos):
-    depths, w2c, K = (torch.stack(t) for t in zip(*((v.depth, v.camera.w2c, v.camera.K) for v in views), strict=True))
-    return cloud_of(depths, depths < 25, photos, w2c, K, at_most=250, generator=rng())
+def cloud(views):
+    return oracle_cloud(views, at_most=250, generator=rng())
 
 
 def stops(*at):

@@ -54,9 +54,7 @@ def run_reconstruct(
             bar.update(line, completed=step, total=total, description=STAGES.get(stage, stage))
 
         bar.update(line, description="loading models")
-        chosen = load_backends(**named)
-        if getattr(chosen.repair, "on_step", 0) is None:
-            chosen.repair.on_step = lambda step, total, loss: tell("fit", step, total)  # type: ignore[union-attr]
+        chosen = load_backends(**named, on_fit=lambda step, total, loss: tell("fit", step, total))
         result, held, small = reconstruct_photos(
             found.images, found.names, size=size, mode=mode, eval_every=eval_every,  # type: ignore[arg-type]
             backends=chosen, switches=Switches(repair=chosen.repair is not None, rounds=2), budget=budget, seed=seed, folder=out, progress=tell,

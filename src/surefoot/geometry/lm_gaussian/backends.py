@@ -83,8 +83,10 @@ def load_backends(
     prompt: str | None = None,
     device: torch.device | str = "cpu",
     trust: bool = False,
+    on_fit: Callable[[int, int, float], None] | None = None,
 ) -> Backends:
-    """The priors that these names stand for, all models loaded; `device` is where diffusion models run, `prompt` a sentence on the scene."""
+    """The priors that these names stand for, all models loaded; `device` is where diffusion models run, `prompt` a sentence on the scene,
+    `on_fit(step, steps, loss)` is told how fitting the repair model goes."""
     named = {"stereo": stereo, "depth": depth, "normals": normals, "repair": repair, "enhance": enhance}
     chosen = {question: parse(question, answer) for question, answer in named.items()}  # before gigabytes are read
     where = _device(device)
@@ -101,10 +103,10 @@ def load_backends(
     def diffusers_repair(path: str) -> ImageRepairPrior:
         from surefoot.geometry.lm_gaussian.diffusers_repair import DiffusersControlNetRepair
 
-        prior = DiffusersControlNetRepair.from_folder(path, device=where)
+        prior = DiffusersControlNetRepair.from_folder(path, device=where, on_step=on_fit)
         return prior if prompt is None else replace(prior, prompt=prompt)
 
-    repairer = made("repair", patch=lambda _: PatchDenoiserRepair(widths=(16, 32, 48), batch=16), diffusers=diffusers_repair)  # fmt: skip
+    repairer = made("repair", patch=lambda _: PatchDenoiserRepair(widths=(16, 32, 48), batch=16, on_step=on_fit), diffusers=diffusers_repair)  # fmt: skip
     return Backends(
         made("stereo", dust3r=lambda p: moved(Dust3rPrior(p, trust=trust)), vggt=lambda p: moved(VggtPrior(p, trust=trust))),
         made("depth", marigold=lambda p: MarigoldDepthPrior(p, device=where)),

@@ -95,24 +95,18 @@ def support(
 
 
 @torch.no_grad()
-def flying_pixels(
-    depths: Tensor, images: Tensor, *, jump: float = 0.05
-) -> Tensor:  # [n, H, W], [n, H, W, 3] -> bool [n, H, W]
-    """Depth jumps without an edge in the photo, and one pixel on both sides of them: averages of near and far that exist nowhere."""
+def flying_pixels(depths: Tensor, *, jump: float = 0.05) -> Tensor:  # [n, H, W] -> bool [n, H, W]
+    """The pixels on both sides of a depth jump, |D(p) - D(q)| > jump min(D) for one of four neighbours: averages of near and far that exist nowhere.
+
+    Jumps that coincide with an edge of the photo go as well: a true silhouette blurs depth just as a false one does.
+    """
     ratio = torch.zeros_like(depths)
     for axis in (1, 2):
         a, b = depths.narrow(axis, 0, depths.shape[axis] - 1), depths.narrow(axis, 1, depths.shape[axis] - 1)
         step = (a - b).abs() / torch.minimum(a, b).clamp_min(1e-9)
         ratio.narrow(axis, 0, step.shape[axis]).copy_(torch.maximum(ratio.narrow(axis, 0, step.shape[axis]), step))
         ratio.narrow(axis, 1, step.shape[axis]).copy_(torch.maximum(ratio.narrow(axis, 1, step.shape[axis]), step))
-    grey = images.mean(-1)
-    gradient = torch.zeros_like(grey)
-    gradient[:, :, 1:-1] += (grey[:, :, 2:] - grey[:, :, :-2]).abs()
-    gradient[:, 1:-1] += (grey[:, 2:] - grey[:, :-2]).abs()
-    plain = gradient < gradient.flatten(1).quantile(0.7, dim=1)[:, None, None]
-    jumps = ratio > jump
-    rim = F.max_pool2d(jumps[:, None].float(), 3, 1, 1)[:, 0] > 0
-    return (jumps & plain) | (rim & (ratio > jump))
+    return ratio > jump
 
 
 @torch.no_grad()
@@ -195,7 +189,7 @@ def clean_cloud(
     keep = enough
     if cross_view:
         lonely = keep & ~support(depths, w2c, K, behind)
-        flying = keep & ~lonely & flying_pixels(depths, images, jump=jump)
+        flying = keep & ~lonely & flying_pixels(depths, jump=jump)
         removed["seen otherwise by another view"], removed["flying pixels"] = int(lonely.sum()), int(flying.sum())
         keep = keep & ~lonely & ~flying
     return Cleaned(keep, depths, behind, removed)

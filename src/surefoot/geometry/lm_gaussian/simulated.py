@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from surefoot.datasets.scenes import View
+from surefoot.geometry.lm_gaussian.clean import cloud_of
 from surefoot.geometry.lm_gaussian.priors import PairPointmaps
 from surefoot.nn.geometry.cameras import back_project, transform
+from surefoot.nn.geometry.ply import PointCloud
 from surefoot.nn.geometry.rotations import invert_rigid
 
 
@@ -38,6 +40,14 @@ def blur(depth: Tensor, sigma: float) -> Tensor:
     line = (line / line.sum()).view(1, 1, 1, -1)
     x = F.conv2d(F.pad(depth[None, None], (reach, reach, 0, 0), mode="replicate"), line)
     return F.conv2d(F.pad(x, (0, 0, reach, reach), mode="replicate"), line.mT)[0, 0]
+
+
+def oracle_cloud(
+    views: Sequence[View], *, at_most: int, generator: torch.Generator, farthest: float = 20.0
+) -> PointCloud:
+    """What the views show up to `farthest`, as coloured points at the true depths; a random choice of `at_most`."""
+    depths, images, w2c, K = (torch.stack(t) for t in zip(*((v.depth, v.rgb, v.camera.w2c, v.camera.K) for v in views), strict=True))  # fmt: skip
+    return cloud_of(depths, depths < farthest, images, w2c, K, at_most=at_most, generator=generator)
 
 
 @dataclass

@@ -27,9 +27,7 @@ class Course:
     """What a training run leaves behind beside the scene."""
 
     history: list[Record] = field(default_factory=list)
-    early: list[tuple[int, Tensor]] = field(
-        default_factory=list
-    )  # (photo, its rendering) from the first steps: pairs for the repair model
+    early: list[tuple[int, Tensor]] = field(default_factory=list)  # (photo, a faulty rendering): repair pairs
     steps: int = 0
     cameras: tuple[Camera, ...] = ()  # where the optimised poses ended; empty if they were not optimised
 

@@ -1,7 +1,7 @@
 """Stages 1 and 2: splats from a cloud, under several priors at once; then again under photos and repaired virtual views.
 
 One loop (`train_splats`) serves the method, its ablations and its rivals: a photo is drawn at random without replacement, rendered, and the terms given
-add up. Rates and switch points are written for 30,000 steps and scale with the run. Densification and opacity resets are off: on
+add up. `Rates()` suits runs of some hundred steps, `Rates.full` is the published schedule. Densification and opacity resets are off: on
 a handful of views they destroy a good start within a few hundred steps.
 """
 
@@ -35,11 +35,8 @@ from surefoot.nn.geometry.image_metrics import psnr
 from surefoot.nn.geometry.rasterizer import RenderOut, rasterize
 from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
-FULL = 30_000  # the schedule that rates and switch points are written for
-EARLY = (
-    50,
-    1000,
-)  # steps whose renderings are kept as faulty; before them opacities rise from 0.1, and a repair model would learn to brighten
+# Steps whose renderings are kept as faulty. Before them opacities still rise from 0.1, and a repair model would learn to brighten.
+EARLY = (50, 1000)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ training cameras; `psnr` is as mapped, `psnr_refined` after fitting each pose to
 exported cloud, `floating_mass` of the rendering over the foreground. `background_order` is Spearman's correlation of aligned with true depths beyond 5.
 Stage 0 and stage 1 are shared between the arms of a seed that ask for the same; `whole_seconds` (CPU time) counts them for each that used them.
 
-Left out: the run with 10 percent outliers, C from 8,000 points, larger pictures. Real photographs are the standard tier.
+Left out: the run with 10 percent outliers, C from 8,000 points, larger pictures. Real photographs are the standard tier (`lm_photos.py`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ from surefoot.geometry.lm_gaussian import (
     Rates,
     Switches,
     TemporalFilterEnhance,
-    cloud_of,
     collect_repair_pairs,
     refine,
     refine_pose,
@@ -61,14 +60,16 @@ from surefoot.geometry.lm_gaussian import (
     virtual_cameras,
 )
 from surefoot.geometry.lm_gaussian.evaluate import point_floaters, rendered_floaters
+from surefoot.geometry.lm_gaussian.simulated import oracle_cloud
+from surefoot.geometry.lm_gaussian.stages import Course
 from surefoot.geometry.lm_gaussian.system import Start, between, start_scene
-from surefoot.geometry.lm_gaussian.train import Course
 from surefoot.nn.geometry.alignment import pose_errors
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.densification import DensificationStrategy
 from surefoot.nn.geometry.image_metrics import effnet_feature_distance
 from surefoot.nn.geometry.ply import PointCloud
 from surefoot.nn.geometry.splats import GaussianScene
+from surefoot.trials.geometry.lm_photos import photo_arms, photo_claims, photo_task
 
 SIZE, TRAIN, VALID, TEST = 48, 8, 10, 24
 SPLATS, STEPS, REFINE_STEPS = 4000, 300, 100
@@ -187,9 +188,8 @@ def vanilla(task: Task, generator: torch.Generator, *, means: float) -> Metrics:
 
 def oracle(task: Task, generator: torch.Generator, *, means: float) -> Metrics:
     photos = views(task.seed, 0)
-    depths, w2c, K = (torch.stack(t) for t in zip(*((v.depth, v.camera.w2c, v.camera.K) for v in photos), strict=True))
-    cloud = cloud_of(depths, depths < 20, pictures(photos), w2c, K, at_most=SPLATS, generator=generator)
-    start = Start(tuple(v.camera for v in photos), tuple(range(TRAIN)), cloud, depths, None, {})
+    cloud = oracle_cloud(photos, at_most=SPLATS, generator=generator)
+    start = Start(tuple(v.camera for v in photos), tuple(range(TRAIN)), cloud, None, None, {})
     return trained(task, start, generator, 0.0, rates=Rates(means=means))
 
 
@@ -331,6 +331,9 @@ CLAIMS = (
 
 TRIAL = Trial(
     "geometry/lm_gaussian",
-    {"embedded": Setup(courtyard_task, ARMS, CLAIMS, tune_on="psnr")},
+    {
+        "embedded": Setup(courtyard_task, ARMS, CLAIMS, tune_on="psnr"),
+        "standard": Setup(photo_task, photo_arms(), photo_claims(), tune_on="psnr"),
+    },
     notes="The priors are simulators with a network's failure modes, planted on an analytic scene; the repair and video models are the embedded ones.",
 )
