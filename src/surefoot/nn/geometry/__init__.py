@@ -1,7 +1,7 @@
 """Building blocks of 3D reconstruction: cameras, splats, a differentiable rasteriser, alignment, files and image metrics.
 
 - `cameras`, `rotations`: one convention (OpenCV axes, w2c, pixel centres at + 0.5), poses, projection, interpolation
-- `splats`, `harmonics`, `rasterizer`: a scene of 3D Gaussians and its pictures, differentiable in every input; `dense` checks it;
+- `splats`, `harmonics`, `rasterizer`, `compositing`: a scene of 3D Gaussians and its pictures, differentiable in every input; `dense` checks it;
   `gsplat_backend` draws the same on a GPU
 - `densification`: splats that come and go with their optimiser's moments
 - `alignment`: rigid and similarity fits, pose errors

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from surefoot.nn.geometry.cameras import Camera, pixel_centres
-from surefoot.nn.geometry.rasterizer import LEAST_ALPHA, LEAST_T, MOST_ALPHA, project_splats, splat_channels
+from surefoot.nn.geometry.compositing import LEAST_ALPHA, LEAST_T, MOST_ALPHA
+from surefoot.nn.geometry.rasterizer import project_splats, splat_channels
 from surefoot.nn.geometry.splats import Splats
 
 
