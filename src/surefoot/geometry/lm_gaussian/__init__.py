@@ -30,8 +30,9 @@ from surefoot.geometry.lm_gaussian.losses import (
 from surefoot.geometry.lm_gaussian.networks import Dust3rPrior, MarigoldDepthPrior, MarigoldNormalsPrior, VggtPrior
 from surefoot.geometry.lm_gaussian.priors import MultiView, PairPointmaps, all_pairs
 from surefoot.geometry.lm_gaussian.repair import PatchDenoiserRepair
+from surefoot.geometry.lm_gaussian.settings import Budget, Switches
 from surefoot.geometry.lm_gaussian.simulated import OracleMonoPrior, OracleStereoPrior
-from surefoot.geometry.lm_gaussian.system import Budget, LMGaussianResult, Switches, reconstruct, train_scene
+from surefoot.geometry.lm_gaussian.system import LMGaussianResult, reconstruct, train_scene
 from surefoot.geometry.lm_gaussian.train import (
     MultiModalLoss,
     Rates,

@@ -23,16 +23,10 @@ from surefoot.geometry.lm_gaussian.backends import (
 )
 from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_views
 from surefoot.geometry.lm_gaussian.priors import MultiView
+from surefoot.geometry.lm_gaussian.settings import Budget, Mode, Progress, Switches
 from surefoot.geometry.lm_gaussian.stages import StageStore
-from surefoot.geometry.lm_gaussian.system import (
-    Budget,
-    LMGaussianResult,
-    Mode,
-    Progress,
-    Switches,
-    check_images,
-    reconstruct,
-)
+from surefoot.geometry.lm_gaussian.start import check_images
+from surefoot.geometry.lm_gaussian.system import LMGaussianResult, reconstruct
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.rasterizer import rasterize
 

@@ -62,7 +62,8 @@ from surefoot.geometry.lm_gaussian import (
 from surefoot.geometry.lm_gaussian.evaluate import point_floaters, rendered_floaters
 from surefoot.geometry.lm_gaussian.simulated import oracle_cloud
 from surefoot.geometry.lm_gaussian.stages import Course
-from surefoot.geometry.lm_gaussian.system import Start, between, start_scene
+from surefoot.geometry.lm_gaussian.start import Start, start_scene
+from surefoot.geometry.lm_gaussian.system import between
 from surefoot.nn.geometry.alignment import pose_errors
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.densification import DensificationStrategy
