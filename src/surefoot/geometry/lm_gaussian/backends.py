@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -151,12 +151,12 @@ def first_depths(pairs: Sequence[PairPointmaps], n: int) -> tuple[Tensor, Tensor
 
 
 def aligned(
-    pairs: Sequence[PairPointmaps], names: Sequence[str], *, mono_depth: Tensor | None = None, cleaning: bool = True, steps: int = 500,
-    tol: float = 0.03, seed: int = 0, progress: Callable[[int, int, float], None] | None = None,
+    pairs: Sequence[PairPointmaps], names: Sequence[str], *, mono_depth: Tensor | None = None, cleaning: bool = True, depth_scope: Literal["unsure", "all"] = "unsure",
+    adaptor: bool = False, steps: int = 500, tol: float = 0.03, seed: int = 0, progress: Callable[[int, int, float], None] | None = None,
 ) -> MultiView:  # fmt: skip
     """Pairs in one world, as the views that a prior of all photos would give; pairs that did not fit are named in the notes."""
     height, width = pairs[0].conf_i.shape
-    fit = align_pointmaps(pairs, mono_depth=mono_depth, clean_every=50 if cleaning else None, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress)  # fmt: skip
+    fit = align_pointmaps(pairs, mono_depth=mono_depth, clean_every=50 if cleaning else None, depth_scope=depth_scope, adaptor=adaptor, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress)  # fmt: skip
     cameras = tuple(Camera(k, w, width, height, name) for k, w, name in zip(fit.K, fit.w2c, names, strict=True))
     notes = tuple(f"The pair {names[i]}, {names[j]} did not fit the others and was dropped." for i, j in fit.dropped)
     empty = PointCloud(fit.depths.new_zeros(0, 3), fit.depths.new_zeros(0, 3))

@@ -1,16 +1,19 @@
-"""Stage 3: a smooth walk through the scene, and frames that look filmed. It changes the video, never the splats."""
+"""Stage 3: a smooth walk through the scene, and frames that look filmed. It changes the video; the splats only where `distill` is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from surefoot.errors import InvalidInput, check, check_at_least
+from surefoot.errors import InvalidInput, check, check_at_least, check_positive
 from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior, VideoEnhancePrior
+from surefoot.geometry.lm_gaussian.stages import Checkpoint, Course, Record
+from surefoot.geometry.lm_gaussian.terms import VirtualViews
+from surefoot.geometry.lm_gaussian.train import Rates, train_splats
 from surefoot.nn.geometry.cameras import Camera, back_project, transform, turn
 from surefoot.nn.geometry.rasterizer import rasterize
 from surefoot.nn.geometry.rotations import rigid
@@ -76,6 +79,32 @@ def enhance_video(
     )
     middle = enhanced.mean((1, 2), keepdim=True)
     return frames, (middle + contrast * (enhanced - middle)).clamp(0, 1)
+
+
+def distill(
+    scene: GaussianScene,
+    cameras: Sequence[Camera],
+    images: Tensor,  # [V, H, W, 3], the photos
+    path: Sequence[Camera],
+    enhanced: Tensor,  # [F, H, W, 3]
+    *,
+    steps: int,
+    weight: float = 0.2,
+    rates: Rates | None = None,
+    background: Tensor | None = None,
+    generator: torch.Generator,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[int, int, Record], None] | None = None,
+) -> Course:
+    """Feed enhanced frames back into the splats, in place: `steps` under the photos and, as weak targets of `weight`, the frames.
+
+    Frames disagree with each other and with the photos, hence the small weight; score the scene before and after, apart.
+    """
+    check(len(path) == len(enhanced), f"There are {len(path)} cameras for {len(enhanced)} enhanced frames.")
+    check_at_least("steps", steps, 1)
+    check_positive("weight", weight)
+    views = VirtualViews(path, enhanced, torch.ones_like(enhanced[..., 0]), weight)
+    return train_splats(scene, cameras, images, steps=steps, generator=generator, rates=rates, virtual=views, background=background, checkpoint=checkpoint, on_step=on_step)  # fmt: skip
 
 
 @dataclass

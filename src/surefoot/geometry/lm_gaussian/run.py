@@ -150,7 +150,7 @@ def _views(
         if mono is not None:
             mono, note = oriented(mono, *first_depths(pairs, len(images)))
         guide = mono if switches.depth_guidance else None
-        found = aligned(pairs, names, mono_depth=guide, cleaning=switches.cleaning, steps=budget.align_steps, tol=budget.tol, seed=seed, progress=tell("align"))  # fmt: skip
+        found = aligned(pairs, names, mono_depth=guide, cleaning=switches.cleaning, depth_scope=switches.depth_scope, adaptor=switches.adaptor, steps=budget.align_steps, tol=budget.tol, seed=seed, progress=tell("align"))  # fmt: skip
     else:
         if prior is None:
             from surefoot.geometry.lm_gaussian.colmap import ColmapPrior

@@ -7,10 +7,10 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from surefoot.nn.geometry.ply import PointCloud
 from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
 Record = dict[str, float]
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,6 +53,9 @@ class StageStore:
     def _path(self, stage: str) -> Path:
         return self.folder / f"{stage}-{self.key}.pt"
 
+    def finished(self, stage: str) -> bool:
+        return self._path(stage).is_file()
+
     def get(self, stage: str, generator: torch.Generator) -> dict[str, Any] | None:
         """What the stage left, and the generator where it stood then; None if it has not been finished (or its file is damaged)."""
         try:
@@ -72,6 +76,24 @@ class StageStore:
     def checkpoint(self, stage: str) -> Checkpoint:
         """Where a stage keeps what it has so far, until `put` of the finished stage removes it."""
         return Checkpoint(self, stage + _UNFINISHED, time.monotonic())
+
+
+def once(
+    stages: StageStore | None,
+    stage: str,
+    generator: torch.Generator,
+    make: Callable[[], T],
+    pack: Callable[[T], dict[str, Any]],
+    unpack: Callable[[dict[str, Any]], T],
+) -> T:
+    """What a stage gives: from disk where it has been finished, else made, and kept if there is a place to keep it."""
+    saved = None if stages is None else stages.get(stage, generator)
+    if saved is not None:
+        return unpack(saved)
+    made = make()
+    if stages is not None:
+        stages.put(stage, pack(made), generator)
+    return made
 
 
 _UNFINISHED = "_unfinished"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from surefoot.errors import check_at_least, check_choice
-from surefoot.geometry.lm_gaussian.enhance import enhance_video, render_path, smooth_path
+from surefoot.errors import InvalidInput, check_choice
+from surefoot.geometry.lm_gaussian.enhance import distill, enhance_video, render_path, smooth_path
+from surefoot.geometry.lm_gaussian.evaluate import score_views
 from surefoot.geometry.lm_gaussian.losses import camera_tour, virtual_cameras
 from surefoot.geometry.lm_gaussian.priors import (
     ImageRepairPrior,
@@ -21,25 +24,30 @@ from surefoot.geometry.lm_gaussian.priors import (
     VideoEnhancePrior,
 )
 from surefoot.geometry.lm_gaussian.settings import Budget, Mode, Progress, Switches
-from surefoot.geometry.lm_gaussian.stages import Checkpoint, StageStore, scene_from_dict, scene_to_dict
+from surefoot.geometry.lm_gaussian.stages import Checkpoint, StageStore, once, scene_from_dict, scene_to_dict
 from surefoot.geometry.lm_gaussian.start import Start, check_images, start_from_dict, start_scene, start_to_dict
 from surefoot.geometry.lm_gaussian.terms import views_of_cloud
 from surefoot.geometry.lm_gaussian.train import (
     Course,
     MultiModalLoss,
+    Rates,
     Record,
     collect_repair_pairs,
     refine,
     train_splats,
 )
+from surefoot.nn.geometry.camera_files import save_colmap
 from surefoot.nn.geometry.cameras import Camera, opposite
-from surefoot.nn.geometry.ply import PointCloud
+from surefoot.nn.geometry.ply import PointCloud, save_splats
 from surefoot.nn.geometry.splats import GaussianScene
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LMGaussianResult:
-    """A reconstructed place. `frames` before and `enhanced` after stage 3 are kept apart."""
+    """A reconstructed place. `frames` before and `enhanced` after stage 3 are kept apart, and so are the scene as stages 1 and 2 left it
+    (`undistilled`) and the `scene` that learned from the enhanced frames, with its `distilled` frames, where that was asked for."""
 
     scene: GaussianScene
     cameras: tuple[Camera, ...]
@@ -50,9 +58,27 @@ class LMGaussianResult:
     enhanced: Tensor | None
     history: list[Record]
     report: dict[str, Any]
+    undistilled: GaussianScene | None = None
+    distilled: Tensor | None = None  # [F, H, W, 3]
+
+    @property
+    def points(self) -> Tensor:  # [N, 3], the cleaned cloud
+        return self.cloud.points
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.report, "history": self.history}
+
+    def save_ply(self, path: Path | str) -> None:
+        """The splats, for any viewer."""
+        save_splats(self.scene, Path(path))
+
+    def save_colmap(self, folder: Path | str) -> None:
+        """Cameras and points as COLMAP's text files."""
+        save_colmap(Path(folder), self.cameras, self.cloud)
+
+    def render_path(self, frames: int = 60) -> Tensor:  # [F, H, W, 3]
+        """The walk anew, in so many frames."""
+        return render_path(self.scene, walk(self.cameras, frames, self.report["mode"]))[0]
 
 
 def train_scene(
@@ -74,7 +100,7 @@ def train_scene(
     scene = GaussianScene.from_points(start.cloud.points, start.cloud.rgb, degree=budget.sh_degree)
     multi = MultiModalLoss(
         mono_depth=mono_depth if switches.depth_loss else None, mono_normal=mono_normal if switches.normal_loss else None,
-        lam_dn=0.05 if mode == "forward" and budget.steps >= 6000 else 0.0,
+        lam_dn=0.05 if mode == "forward" else 0.0, dn_from=budget.depth_normal_from,
     )  # fmt: skip
     virtual = None
     if switches.virtual_views and len(start.cameras) >= 2:
@@ -90,18 +116,10 @@ def between(cameras: Sequence[Camera], n: int, mode: Mode) -> list[Camera]:
     return virtual_cameras([cameras[k] for k in order], n, closed=closed)
 
 
-def _fit_repair(
-    prior: ImageRepairPrior, course: Course, photos: Tensor, generator: torch.Generator, stages: StageStore | None
-) -> None:
-    """Fit the repair model, or take the fitted one from disk if it can be kept there."""
-    keeps = stages is not None and hasattr(prior, "state_dict") and hasattr(prior, "load_state_dict")
-    saved = stages.get("repair", generator) if keeps and stages is not None else None
-    if saved is not None:
-        prior.load_state_dict(saved)  # type: ignore[attr-defined]
-        return
-    prior.fit(*collect_repair_pairs(course, photos), generator=generator)
-    if keeps and stages is not None:
-        stages.put("repair", prior.state_dict(), generator)  # type: ignore[attr-defined]
+def walk(cameras: Sequence[Camera], frames: int, mode: Mode) -> list[Camera]:
+    """The path of stage 3: past the photos on the shortest tour, smoothly."""
+    closed = mode == "360"
+    return smooth_path([cameras[k] for k in camera_tour(cameras, closed=closed)], frames, closed=closed)
 
 
 def opposite_notes(walk: Sequence[Camera], *, closed: bool) -> list[str]:
@@ -123,6 +141,7 @@ def reconstruct(
     mode: Mode = "360",
     switches: Switches | None = None,
     budget: Budget | None = None,
+    steps: int | None = None,
     optimize_poses: bool = False,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
@@ -130,75 +149,145 @@ def reconstruct(
 ) -> LMGaussianResult:
     """A handful of photos to a scene of splats.
 
-    With `stages` every finished stage is kept on disk, and training every minute; a run that asks the same goes on from there.
-
     `stereo_prior` finds the poses; the others are optional, and the report names those that were used. `mode` is "360" for a walk around, "forward"
-    for views that look one way; `optimize_poses` moves the cameras together with the splats of stage 1. Raises `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
+    for views that look one way; `optimize_poses` moves the cameras together with the splats of stage 1. `steps` scales every schedule of the budget
+    to so many training steps in all (`Budget.of`, or `budget.scaled` of the one given).
+
+    With `stages` every finished stage is kept on disk, and training every minute; a run that asks the same goes on from there. Raises
+    `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
     """
-    switches, budget = switches or Switches(), budget or Budget()
     check_choice("mode", mode, ("360", "forward"))
-    check_at_least("rounds", switches.rounds, 1)
+    switches = switches or Switches()
+    repair_prior, video_prior = repair_prior if switches.repair else None, video_prior if switches.enhancement else None
+    if budget is None:
+        budget = Budget.of(mode, steps=steps, refined=repair_prior is not None)
+    elif steps is not None:
+        budget = budget.scaled(steps, refined=repair_prior is not None)
+    if budget.distill_steps and video_prior is None:
+        raise InvalidInput("distill_steps feeds enhanced frames back, and nobody enhances them; give a video_prior, or set distill_steps to 0.")  # fmt: skip
     names = [f"photo_{k:02d}" for k in range(len(images))] if names is None else list(names)
     check_images(images, names)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-
-    def tell(stage: str) -> Callable[[int, int, Record], None]:
-        return lambda step, steps, record: None if progress is None else progress(stage, step, steps)
-
-    saved = None if stages is None else stages.get("start", generator)
-    if saved is None:
-        start = start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress)  # fmt: skip
-        if stages is not None:
-            stages.put("start", start_to_dict(start), generator)
-    else:
-        start = start_from_dict(saved)
-    chosen = list(start.registered)
-    photos = torch.stack([images[k] for k in chosen])
-    mono = None if depth_prior is None else torch.stack([depth_prior.predict(k, images[k]) for k in chosen])
-    normals = None if normal_prior is None else torch.stack([normal_prior.predict(k, images[k]) for k in chosen])
-    saved = None if stages is None else stages.get("train", generator)
-    if saved is None:
-        scene, course = train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=mode, switches=switches, budget=budget, optimize_poses=optimize_poses, generator=generator, checkpoint=None if stages is None else stages.checkpoint("train"), on_step=tell("train"))  # fmt: skip
-        if stages is not None:
-            stages.put("train", scene_to_dict(scene, course), generator)
-    else:
-        scene, course = scene_from_dict(saved)
-    if course.cameras:
-        start = replace(start, cameras=course.cameras)
-    history = list(course.history)
-    if switches.repair and repair_prior is not None:
-        saved = None if stages is None else stages.get("refine", generator)
-        if saved is None:
-            _fit_repair(repair_prior, course, photos, generator, stages)
-            gain = 16.0 if switches.distance_weight and len(start.cameras) >= 3 else None
-            again = refine(scene, start.cameras, photos, repair_prior, between(start.cameras, budget.virtual_per_gap, mode), rounds=switches.rounds, steps=budget.refine_steps, strength=budget.repair_strength, gain=gain, rates=replace(budget.rates, means=budget.rates.means / 4), generator=generator, checkpoint=None if stages is None else stages.checkpoint("refine"), on_step=tell("refine"))  # fmt: skip
-            if stages is not None:
-                stages.put("refine", scene_to_dict(scene, again), generator)
-        else:
-            scene, again = scene_from_dict(saved)
+    run = _Run(mode, switches, budget, generator, progress, stages)
+    start = run.once("start", lambda: start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress), start_to_dict, start_from_dict)  # fmt: skip
+    photos = torch.stack([images[k] for k in start.registered])
+    mono, normals = (None if p is None else torch.stack([p.predict(k, images[k]) for k in start.registered]) for p in (depth_prior, normal_prior))  # fmt: skip
+    scene, course = run.train(start, photos, mono, normals, optimize_poses)
+    start, history = replace(start, cameras=course.cameras or start.cameras), list(course.history)
+    if repair_prior is not None:
+        scene, again = run.refine(scene, course, start, photos, repair_prior)
         history += again.history
-    order = camera_tour(start.cameras, closed=mode == "360")
-    path = smooth_path([start.cameras[k] for k in order], budget.path_frames, closed=mode == "360")
-    enhanced = None
-    if switches.enhancement and video_prior is not None:
-        frames, enhanced = enhance_video(scene, path, video_prior, generator=generator)
-    else:
-        frames, _ = render_path(scene, path)
+    path = walk(start.cameras, budget.path_frames, mode)
+    film = run.film(scene, start, photos, path, video_prior)
     used = {
         "normals": None if normal_prior is None or not switches.normal_loss else normal_prior.name,
-        "repair": None if repair_prior is None or not switches.repair else repair_prior.name,
-        "enhancement": None if enhanced is None or video_prior is None else video_prior.name,
+        "repair": None if repair_prior is None else repair_prior.name,
+        "enhancement": None if video_prior is None else video_prior.name,
     }
-    notes = [*start.report.get("notes", []), *opposite_notes([start.cameras[k] for k in order], closed=mode == "360")]
-    report = {
-        **start.report,
-        **used,
-        "notes": notes,
-        "mode": mode,
-        "photos": names,
-        "switches": asdict(switches),
-        "splats": len(scene),
-    }
+    tour = [start.cameras[k] for k in camera_tour(start.cameras, closed=mode == "360")]
+    notes = [*start.report.get("notes", []), *opposite_notes(tour, closed=mode == "360")]
+    report = {**start.report, **used, "notes": notes, "mode": mode, "photos": names, "switches": asdict(switches), "budget": asdict(budget), "splats": len(scene)}  # fmt: skip
+    if film.scores is not None:
+        report["distillation"] = film.scores
     return LMGaussianResult(
-        scene, start.cameras, start.registered, start.cloud, tuple(path), frames, enhanced, history, report
-    )
+        film.scene, start.cameras, start.registered, start.cloud, tuple(path), film.frames, film.enhanced, [*history, *film.history], report,
+        undistilled=None if film.scores is None else scene, distilled=film.distilled,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Film:
+    """What stage 3 leaves."""
+
+    scene: GaussianScene
+    frames: Tensor  # [F, H, W, 3]
+    enhanced: Tensor | None = None
+    distilled: Tensor | None = None
+    scores: dict[str, Any] | None = None
+    history: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What was asked, and each stage either done or taken from disk."""
+
+    mode: Mode
+    switches: Switches
+    budget: Budget
+    generator: torch.Generator
+    progress: Progress | None
+    stages: StageStore | None
+
+    def tell(self, stage: str) -> Callable[[int, int, Record], None]:
+        return lambda step, steps, record: None if self.progress is None else self.progress(stage, step, steps)
+
+    def kept(self, stage: str) -> Checkpoint | None:
+        return None if self.stages is None else self.stages.checkpoint(stage)
+
+    def once(self, stage: str, make: Callable[[], T], pack: Callable[[T], dict[str, Any]], unpack: Callable[[dict[str, Any]], T]) -> T:  # fmt: skip
+        return once(self.stages, stage, self.generator, make, pack, unpack)
+
+    def trained(self, stage: str, make: Callable[[], tuple[GaussianScene, Course]]) -> tuple[GaussianScene, Course]:
+        return self.once(stage, make, lambda pair: scene_to_dict(*pair), scene_from_dict)
+
+    def train(
+        self, start: Start, photos: Tensor, mono: Tensor | None, normals: Tensor | None, optimize_poses: bool
+    ) -> tuple[GaussianScene, Course]:
+        return self.trained("train", lambda: train_scene(start, photos, mono_depth=mono, mono_normal=normals, mode=self.mode, switches=self.switches, budget=self.budget, optimize_poses=optimize_poses, generator=self.generator, checkpoint=self.kept("train"), on_step=self.tell("train")))  # fmt: skip
+
+    def refine(
+        self, scene: GaussianScene, course: Course, start: Start, photos: Tensor, prior: ImageRepairPrior
+    ) -> tuple[GaussianScene, Course]:
+        self._fit(prior, course, photos)
+        budget, switches = self.budget, self.switches
+
+        def make() -> tuple[GaussianScene, Course]:
+            gain = 16.0 if switches.distance_weight and len(start.cameras) >= 3 else None
+            return scene, refine(
+                scene, start.cameras, photos, prior, between(start.cameras, budget.virtual_per_gap, self.mode),
+                rounds=min(switches.rounds, budget.refine_steps), steps=budget.refine_steps, strength=budget.repair_strength, gain=gain,
+                rates=self._late_rates(), mask_unreliable=switches.mask_unreliable, generator=self.generator, checkpoint=self.kept("refine"),
+                on_step=self.tell("refine"),
+            )  # fmt: skip
+
+        return self.trained("refine", make)
+
+    def _late_rates(self) -> Rates:
+        return replace(self.budget.rates, means=self.budget.rates.means / 4)
+
+    def _fit(self, prior: ImageRepairPrior, course: Course, photos: Tensor) -> None:
+        """Fit the repair model, or take the fitted one from disk if it can be kept there. Stage 3 may ask it even where stage 2 is finished."""
+        stages = self.stages
+        keeps = stages is not None and hasattr(prior, "state_dict") and hasattr(prior, "load_state_dict")
+        saved = stages.get("repair", self.generator) if keeps and stages is not None else None
+        if saved is not None:
+            prior.load_state_dict(saved)  # type: ignore[attr-defined]
+        elif keeps or stages is None or not stages.finished("refine"):
+            prior.fit(*collect_repair_pairs(course, photos), generator=self.generator)
+            if keeps and stages is not None:
+                stages.put("repair", prior.state_dict(), self.generator)  # type: ignore[attr-defined]
+
+    def film(
+        self, scene: GaussianScene, start: Start, photos: Tensor, path: Sequence[Camera], prior: VideoEnhancePrior | None
+    ) -> _Film:  # fmt: skip
+        if prior is None:
+            return _Film(scene, render_path(scene, path)[0])
+        frames, enhanced = self.once(
+            "enhance", lambda: enhance_video(scene, path, prior, generator=self.generator),
+            lambda pair: {"frames": pair[0], "enhanced": pair[1]}, lambda saved: (saved["frames"], saved["enhanced"]),
+        )  # fmt: skip
+        steps, weight = self.budget.distill_steps, self.budget.distill_weight
+        if steps == 0:
+            return _Film(scene, frames, enhanced)
+
+        def make() -> tuple[GaussianScene, Course]:
+            other = copy.deepcopy(scene)
+            return other, distill(other, start.cameras, photos, path, enhanced, steps=steps, weight=weight, rates=self._late_rates(), generator=self.generator, checkpoint=self.kept("distill"), on_step=self.tell("distill"))  # fmt: skip
+
+        after, course = self.trained("distill", make)
+        scores: dict[str, Any] = {"steps": steps, "weight": weight}
+        for when, one in (("before", scene), ("after", after)):
+            found = score_views(one, start.cameras, photos)
+            scores[when] = {"train_psnr": found.psnr, "train_ssim": found.ssim}
+        history = tuple({**record, "distilling": 1.0} for record in course.history)
+        return _Film(after, frames, enhanced, render_path(after, path)[0], scores, history)

@@ -21,26 +21,29 @@ Terms = Mapping[str, Tensor]
 class MultiModalLoss(nn.Module):
     """The terms of one photo beside the photometric one: depth, normal, and depth against normal.
 
-    `boxes` is the side of the local boxes (128 at 512 pixels), `lam_dn` couples normals with those of the depth map.
+    `boxes` is the side of the local boxes (128 at 512 pixels), `lam_dn` couples normals with those of the depth map from step `dn_from` on.
     """
 
     def __init__(
         self, *, mono_depth: Tensor | None = None, mono_normal: Tensor | None = None, lam_depth: float = 0.1, lam_normal: float = 0.01,
-        lam_dn: float = 0.0, box: int | None = None, fraction: float = 0.5,
+        lam_dn: float = 0.0, dn_from: int = 0, box: int | None = None, fraction: float = 0.5,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("lam_depth", lam_depth), ("lam_normal", lam_normal), ("lam_dn", lam_dn)):
             check(value >= 0, f"{name} must not be negative, got {value!r}.")
         self.mono_depth, self.mono_normal = mono_depth, mono_normal
         self.lam_depth, self.lam_normal, self.lam_dn, self.fraction = lam_depth, lam_normal, lam_dn, fraction
+        self.dn_from = dn_from
         size = 512 if mono_depth is None else min(mono_depth.shape[1:])
         self.box = box if box is not None else max(8, size // (3 if size < 100 else 4))
 
-    @property
-    def needs_normals(self) -> bool:
-        return (self.mono_normal is not None and self.lam_normal > 0) or self.lam_dn > 0
+    def needs_normals(self, step: int = 0) -> bool:
+        return (self.mono_normal is not None and self.lam_normal > 0) or self._couples(step)
 
-    def forward(self, out: RenderOut, camera: Camera, photo: int, generator: torch.Generator) -> Terms:
+    def _couples(self, step: int) -> bool:
+        return self.lam_dn > 0 and step >= self.dn_from
+
+    def forward(self, out: RenderOut, camera: Camera, photo: int, generator: torch.Generator, step: int = 0) -> Terms:
         terms: dict[str, Tensor] = {}
         if self.mono_depth is not None and self.lam_depth > 0:
             depth, mono = out.expected_depth, self.mono_depth[photo].to(out.rgb)
@@ -49,7 +52,7 @@ class MultiModalLoss(nn.Module):
         if self.mono_normal is not None and self.lam_normal > 0:
             assert out.normal is not None
             terms["normal"] = self.lam_normal * normal_loss(out.normal, self.mono_normal[photo].to(out.rgb))
-        if self.lam_dn > 0:
+        if self._couples(step):
             assert out.normal is not None
             pulls = []
             for depth in (out.expected_depth, out.median_depth):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
 # Steps whose renderings are kept as faulty. Before them opacities still rise from 0.1, and a repair model would learn to brighten.
 EARLY = (50, 1000)
+SHORT = 500  # steps that the default rates are for
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Rates:
         if mode == "360":
             return cls(means=1e-4, means_end=0.1, log_scales=5e-3, quats=3e-3, opacity=0.05, sh=2.5e-3)
         return cls(means=1e-4, means_end=0.01, log_scales=0.015, quats=3e-3, opacity=0.065, sh=5e-3)
+
+    @classmethod
+    def of(cls, steps: int, mode: str = "360", *, full_steps: int = 30_000) -> Rates:
+        """For a run of `steps` in all: these up to 500, the published ones from `full_steps` on, geometric in the number of steps between."""
+        check_at_least("steps", steps, 1)
+        short, long = cls(), cls.full(mode)
+        share = min(1.0, max(0.0, math.log(steps / SHORT) / math.log(full_steps / SHORT)))
+        return cls(*(a * (b / a) ** share for a, b in zip(astuple(short), astuple(long), strict=True)))
 
 
 def train_splats(
@@ -119,10 +128,10 @@ def train_splats(
         queue = queue or torch.randperm(len(images), generator=generator).tolist()
         photo = queue.pop()
         camera = cameras[photo] if poses is None else poses.camera(photo)
-        out = rasterize(scene, camera, background, normals=multi is not None and multi.needs_normals)
+        out = rasterize(scene, camera, background, normals=multi is not None and multi.needs_normals(step))
         terms: dict[str, Tensor] = {"photometric": photometric_loss(out.rgb, images[photo])}
         if multi is not None:
-            terms |= multi(out, camera, photo, generator)
+            terms |= multi(out, camera, photo, generator, step)
         if virtual is not None:
             terms["virtual"] = virtual.term(scene, background, generator)
         if poses is not None:
