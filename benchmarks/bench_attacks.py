@@ -1,7 +1,7 @@
 """Attacks beside torchattacks and foolbox: same network, same images, same steps, equal robust accuracy.
 
 An adversarially trained CNN on digits (8 x 8) and one on digits blown up to 28 x 28, each above 90 % clean accuracy. Ours and the peer run in turn in one process
-on one thread, five times each after one untimed run; the median counts. `quality` gives the robust accuracy of both: a time
+(`_timing.py`). `quality` gives the robust accuracy of both: a time
 counts only if ours is no more than half a point, or three examples, above the peer's (random starts move each by one or two). Memory: what the call adds to the resident memory of the process.
 
 FAB is asked whether a change of at most eps exists, which is what the peer's returns; FAB-T goes through all nine other classes.
@@ -14,14 +14,12 @@ Run: python benchmarks/bench_attacks.py
 from __future__ import annotations
 
 import importlib
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from surefoot.core.cost import Meter
+from _timing import in_turn, memory_mb
 from surefoot.core.task import Training
 from surefoot.core.treatment import Batch, Treatment
 from surefoot.datasets.embedded import digits
@@ -29,7 +27,7 @@ from surefoot.models import seeded_build
 from surefoot.nn.attacks import apgd, fab, pgd, pgd_train, square, standard_suite
 from surefoot.training.loop import fit
 
-EPS, STEPS, RUNS = 0.1, 20, 5
+EPS, STEPS = 0.1, 20
 Attack = Callable[[], Tensor]  # -> [N, ...] attacked images
 
 
@@ -64,32 +62,13 @@ def subject(size: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:
     return run.model.eval(), x[:n], y[:n]
 
 
-def timed(attack: Attack) -> tuple[float, float, Tensor]:
-    """Seconds, MB added, attacked images."""
-    before = _resident_mb()
-    with Meter() as meter:
-        start = time.perf_counter()
-        found = attack()
-        seconds = time.perf_counter() - start
-    return seconds, max((meter.cost.peak_mb or 0.0) - before, 0.0), found
-
-
-def _resident_mb() -> float:
-    with Meter() as meter:
-        pass
-    return meter.cost.peak_mb or 0.0
-
-
 def row(what: str, ours: Attack, peer: str, theirs: Attack | None, model: nn.Module, y: Tensor) -> dict:
     def robust(x: Tensor) -> float:
         with torch.no_grad():
             return (model(x).argmax(1) == y).double().mean().item()
 
     sides = [ours] if theirs is None else [ours, theirs]
-    runs = [[timed(side) for side in sides] for _ in range(RUNS + 1)][1:]
-    seconds = [statistics.median(run[k][0] for run in runs) for k in range(len(sides))]
-    memory = [statistics.median(run[k][1] for run in runs) for k in range(len(sides))]
-    accuracy = [robust(runs[-1][k][2]) for k in range(len(sides))]
+    seconds, memory, accuracy = in_turn(*sides), [memory_mb(side) for side in sides], [robust(side()) for side in sides]
     found = {"what": what, "ours_s": seconds[0], "peer": peer, "peer_s": None, "ratio": None, "ours_mb": memory[0], "peer_mb": None}  # fmt: skip
     if theirs is None:
         return found | {"quality": f"robust accuracy {accuracy[0]:.3f}", "note": f"{peer} is not installed"}

@@ -1,8 +1,7 @@
 """Speed of bound propagation beside auto-lirpa 0.3: interval margins, CROWN, and a training step on interval bounds.
 
-Same weights, same images, same elided margins, one process, one thread; calls alternate between the two sides and the median of five
-counts, after one untimed call each. Tracing the model is outside the timing on both sides (auto-lirpa's `BoundedModule`, our
-`Program`). The margins must agree before a time is reported: for CROWN that is our plain form (`intersect=False`); the default,
+Same weights, same images, same elided margins, one process, one thread; calls alternate between the two sides (`_timing.py`).
+Tracing the model is outside the timing on both sides (auto-lirpa's `BoundedModule`, our `Program`). The margins must agree before a time is reported: for CROWN that is our plain form (`intersect=False`); the default,
 which cuts with IBP and works on unstable neurons only, is the second row and must be at least as tight.
 A training step also stands beside a clean step of the same net: the price of certified training.
 
@@ -11,8 +10,6 @@ Run: python benchmarks/bench_bounds.py
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import _lirpa
+from _timing import in_turn
 from surefoot.certified.fast_ibp import cnn7
 from surefoot.models import mlp, small_resnet
 from surefoot.nn.bounds import (
@@ -47,19 +45,6 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
     "cnn 1x8x8": (small_net, (1, 8, 8), 64, 0.02),
     "residual net 1x8x8": (lambda: small_resnet((1, 8, 8), 10, widths=(4, 8)), (1, 8, 8), 8, 0.01),
 }
-
-
-def medians(*calls: Call, repeats: int = 5) -> list[float]:
-    """Median seconds of each call; the calls take turns, so that a busy machine is unfair to none."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    for _ in range(repeats):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.process_time()
-            call()
-            taken.append(time.process_time() - start)
-    return [statistics.median(taken) for taken in seconds]
 
 
 def row(what: str, ours: float, peer: str, theirs: float | None, quality: str, note: str | None = None) -> Row:
@@ -116,10 +101,10 @@ def margin_rows_of_table() -> list[Row]:
             what = f"{label} margins, {name}, batch {len(x)}"
             theirs = lirpa_margins(model, x, y, eps, label)
             if theirs is None:
-                table.append(row(what, medians(ours)[0], "auto-lirpa 0.3", None, "", "auto-lirpa is not installed"))
+                table.append(row(what, in_turn(ours)[0], "auto-lirpa 0.3", None, "", "auto-lirpa is not installed"))
                 continue
             gap = agreement(ours(), theirs())
-            table.append(row(what, *spread(medians(ours, theirs)), f"equal to {gap:.0e} of the scale"))
+            table.append(row(what, *spread(in_turn(ours, theirs)), f"equal to {gap:.0e} of the scale"))
             if method == "crown":
                 cut = margins_of(model, x, y, eps, method, plain=False)
                 loosest = float((cut() - theirs()).min())
@@ -127,7 +112,7 @@ def margin_rows_of_table() -> list[Row]:
                     raise RuntimeError(f"{what}: the default is looser than auto-lirpa by {-loosest:.2g}")
                 gain = float((cut() - theirs()).mean())
                 table.append(
-                    row(f"{what}, default", *spread(medians(cut, theirs)), f"tighter by {gain:.2g} on average")
+                    row(f"{what}, default", *spread(in_turn(cut, theirs)), f"tighter by {gain:.2g} on average")
                 )
     return table
 
@@ -169,11 +154,11 @@ def training_rows() -> list[Row]:
         what = f"IBP training step, CNN-7 width 8, 28x28, batch 64, {kind}"
         theirs = lirpa_step(model, x, y, eps)
         if theirs is None:
-            mine, plain = medians(ours, clean)
+            mine, plain = in_turn(ours, clean)
             table.append(row(what, mine, "auto-lirpa 0.3", None, "", "auto-lirpa is not installed"))
         else:
             gap = agreement(ours(), theirs())
-            mine, other, plain = medians(ours, theirs, clean)
+            mine, other, plain = in_turn(ours, theirs, clean)
             table.append(row(what, mine, "auto-lirpa 0.3", other, f"same loss to {gap:.0e}"))
         table.append(row(what, mine, "clean step", plain, f"{mine / plain:.2f} clean steps"))
     return table

@@ -5,44 +5,28 @@
 - Certified radii of classification by components: all rivals of a batch at once, against a loop over examples and rivals.
 - One epoch of the margin loss, 100 components, 10,000 examples of 64 numbers; wanted: under a second.
 
-Median of five runs of one thread's processor time. Run: python benchmarks/bench_certified_heads.py
+Both sides take turns (`_timing.py`). Run: python benchmarks/bench_certified_heads.py
 """
 
 from __future__ import annotations
 
 import math
-import resource
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from _timing import in_turn, memory_mb
 from surefoot.certified.crmt import estimate_lipschitz, pack, two_branch, unpack
 from surefoot.certified.prototype_rbf import CBCMarginLoss, ClassificationByComponents, cbc_radius
 
-REPEATS = 5
-
-
-def timed(call: Callable[[], Tensor]) -> tuple[float, float, Tensor]:
-    """Median seconds, MB that the calls added to the peak, the answer."""
-    call()
-    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-    answer = torch.empty(0)
-    for _ in range(REPEATS):
-        start = time.process_time()
-        answer = call()
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, answer
-
 
 def row(what: str, peer: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor]) -> dict:
-    mine, other = timed(ours), timed(theirs)
-    gap = (mine[2] - other[2]).abs().max().item()
+    mine, other = in_turn(ours, theirs)
+    gap = (ours() - theirs()).abs().max().item()
     return {
-        "what": what, "ours_s": mine[0], "ours_mb": mine[1], "peer": peer, "peer_s": other[0], "peer_mb": other[1],
-        "ratio": mine[0] / other[0], "quality": f"largest difference {gap:.1e}",
+        "what": what, "ours_s": mine, "ours_mb": memory_mb(ours), "peer": peer, "peer_s": other, "peer_mb": memory_mb(theirs),
+        "ratio": mine / other, "quality": f"largest difference {gap:.1e}",
     }  # fmt: skip
 
 
@@ -107,7 +91,7 @@ def epoch_row() -> dict:
             optimizer.step()
         return torch.zeros(1)
 
-    seconds, grown, _ = timed(epoch)
+    (seconds,), grown = in_turn(epoch), memory_mb(epoch)
     return {"what": "margin loss, one epoch of 10,000, 100 components", "ours_s": seconds, "ours_mb": grown, "peer": "1 s wanted", "peer_s": 1.0, "peer_mb": None, "ratio": seconds, "quality": ""}  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Compression side by side with peers: the integer programme, the cost of a sparse training step, 4-bit accuracy.
 
-Run `python benchmarks/bench_compression.py`. `rows()` gives one dict a comparison; times are the median of five.
+Run `python benchmarks/bench_compression.py`. `rows()` gives one dict a comparison; the sides take turns (`_timing.py`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from _timing import in_turn, seconds
 from surefoot.core.subject import predict
 from surefoot.core.task import Training
 from surefoot.datasets.embedded import digits
@@ -35,12 +35,6 @@ def row(what: str, ours: float, peer: str, peer_s: float | None, quality: str, n
         "what": what, "ours_s": ours, "peer": peer, "peer_s": peer_s, "ratio": None if peer_s is None else ours / peer_s,
         "quality": quality, "ours_mb": sizes.get("ours_mb"), "peer_mb": sizes.get("peer_mb"), **({"note": note} if note else {}),
     }  # fmt: skip
-
-
-def timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 # --- the integer programme ----------------------------------------------------------------------------------------------
@@ -75,8 +69,8 @@ def default_gap(table: SensitivityTable, compression: float) -> float:
 
 def programme_row() -> dict[str, Any]:
     tables = [random_table(seed) for seed in range(REPEATS)]
-    ours = [timed(lambda t=t: allocate_bits(t, 0.13)) for t in tables]
-    peer = [timed(lambda t=t: default_gap(t, 0.13)) for t in tables]
+    ours = [seconds(lambda t=t: allocate_bits(t, 0.13)) for t in tables]
+    peer = [seconds(lambda t=t: default_gap(t, 0.13)) for t in tables]
     worse = [default_gap(t, 0.13) / allocate_bits(t, 0.13).loss - 1 for t in tables]
     return row(
         "bit allocation, 200 layers x 6 options", statistics.median(ours), "scipy.optimize.milp at the default gap",
@@ -88,17 +82,17 @@ def programme_row() -> dict[str, Any]:
 # --- a sparse training step ---------------------------------------------------------------------------------------------
 
 
-def step_rows(steps: int = 10) -> list[dict[str, Any]]:
+def step_rows() -> list[dict[str, Any]]:
     """Batch 64 of 28x28 images; a convnet, whose step is bound by arithmetic, and an MLP, bound by its 1.9 million weights."""
     nets = {
         "convnet": lambda: small_cnn((1, 28, 28), 10, widths=(32, 64, 64)),
         "wide MLP": lambda: mlp((1, 28, 28), 10, hidden=(1024, 1024)),
     }
-    return [entry for name, net in nets.items() for entry in _step_rows(name, net, steps)]
+    return [entry for name, net in nets.items() for entry in _step_rows(name, net)]
 
 
-def _step_rows(what: str, net: Callable[[], nn.Module], steps: int) -> list[dict[str, Any]]:
-    """Seconds of one SGD step; arms take turns, so that a busy machine hits all alike."""
+def _step_rows(what: str, net: Callable[[], nn.Module]) -> list[dict[str, Any]]:
+    """Seconds of one SGD step."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(64, 1, 28, 28, generator=generator), torch.randint(10, (64,), generator=generator)
 
@@ -108,10 +102,9 @@ def _step_rows(what: str, net: Callable[[], nn.Module], steps: int) -> list[dict
 
     def stepper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         def run() -> None:
-            for _ in range(steps):
-                optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                optimizer.step()
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
 
         return run
 
@@ -124,27 +117,17 @@ def _step_rows(what: str, net: Callable[[], nn.Module], steps: int) -> list[dict
     for name, mask in masks.items():
         prune.custom_from_mask(peer.get_submodule(name.rpartition(".")[0]), "weight", mask)
     torch_prune = stepper(peer, torch.optim.SGD(peer.parameters(), 0.05, momentum=0.9, weight_decay=5e-4))
-    runs = {"dense": dense, "ours": sparse, "prune": torch_prune}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # untimed
-    for _ in range(REPEATS):
-        for name, run in runs.items():
-            times[name].append(timed(run) / steps)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    # The added work by itself: on a busy machine the difference of two long steps is noise.
-    hooks = statistics.median(timed(lambda: _hooks_only(handle, steps)) / steps for _ in range(REPEATS))
-    quality = f"the masking by itself takes {100 * hooks / seconds['dense']:.2f} % of a dense step"
-    return [
-        row(f"step of a randomly pruned {what}", seconds["ours"], "the dense net", seconds["dense"], quality),
-        row(f"step of a randomly pruned {what}", seconds["ours"], "torch.nn.utils.prune", seconds["prune"], quality),
-    ]
 
-
-def _hooks_only(handle: Any, steps: int) -> None:
-    for _ in range(steps):
+    def hooks() -> None:
         handle.mask_gradients_()
         handle.mask_weights_()
+
+    plain, ours, theirs, masking = in_turn(dense, sparse, torch_prune, hooks)
+    quality = f"the masking by itself takes {100 * masking / plain:.2f} % of a dense step"
+    return [
+        row(f"step of a randomly pruned {what}", ours, "the dense net", plain, quality),
+        row(f"step of a randomly pruned {what}", ours, "torch.nn.utils.prune", theirs, quality),
+    ]
 
 
 # --- 4-bit accuracy -----------------------------------------------------------------------------------------------------
@@ -159,28 +142,24 @@ def four_bit_rows() -> list[dict[str, Any]]:
     def accuracy(candidate: nn.Module) -> float:
         return (predict(candidate, x).argmax(1) == y).double().mean().item()
 
-    report = None
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        report = calibrate_pipeline(model, task.valid.x, iters=200)
-        times.append(time.perf_counter() - start)
-    assert report is not None
-    ours = statistics.median(times)
-    quality = f"accuracy {accuracy(report.model):.4f} (float {accuracy(model):.4f}, plain min/max {accuracy(quantize_plain(model, task.valid.x, 4, 4)[0]):.4f})"
+    def calibrate() -> nn.Module:
+        return calibrate_pipeline(model, task.valid.x, iters=200).model
+
+    (ours,), calibrated = in_turn(calibrate), calibrate()
+    quality = f"accuracy {accuracy(calibrated):.4f} (float {accuracy(model):.4f}, plain min/max {accuracy(quantize_plain(model, task.valid.x, 4, 4)[0]):.4f})"
     found = []
     for peer, call in (("optimum.quanto", quanto), ("torchao", torchao)):
         if importlib.util.find_spec(peer.split(".")[0]) is None:
             found.append(row("4-bit weights and inputs, digits convnet", ours, peer, None, quality, f"{peer} is not installed"))  # fmt: skip
             continue
         try:
-            seconds = statistics.median(timed(lambda call=call: call(model, task.valid.x)) for _ in range(REPEATS))
+            (peer_s,) = in_turn(lambda call=call: call(model, task.valid.x))
             theirs = accuracy(call(model, task.valid.x))
         except Exception as error:
             found.append(row("4-bit weights and inputs, digits convnet", ours, peer, None, quality, f"{peer} failed: {error}"))  # fmt: skip
             continue
         found.append(
-            row("4-bit weights and inputs, digits convnet", ours, peer, seconds, f"{quality}; peer {theirs:.4f}")
+            row("4-bit weights and inputs, digits convnet", ours, peer, peer_s, f"{quality}; peer {theirs:.4f}")
         )
     return found
 

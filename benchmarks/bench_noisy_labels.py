@@ -1,13 +1,11 @@
 """Side by side: ELR and ALDR-KL against cross-entropy, and loss-based detection of wrong labels against cleanlab.
 
-Run `python benchmarks/bench_noisy_labels.py`; every row is one dictionary. Times are medians of interleaved runs on one thread, so
-that a busy machine slows both sides alike.
+Run `python benchmarks/bench_noisy_labels.py`; every row is one dictionary. Both sides take turns (`_timing.py`).
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
+from _timing import in_turn
 from surefoot.audit.instruments.label_errors import cross_fitted_logits, proxy_network
 from surefoot.core.subject import predict
 from surefoot.core.task import Training
@@ -28,20 +27,6 @@ from surefoot.noisy_labels.ldr import ALDRKLLoss, label_suspicion
 from surefoot.training.loop import fit
 
 Row = dict[str, Any]
-
-
-def _pair(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of both, one after the other in each repeat."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(3):
-        ours()
-        peer()
-    for _ in range(repeats):
-        for side, call in enumerate((ours, peer)):
-            start = time.perf_counter()
-            call()
-            times[side].append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def _row(what: str, ours: float, peer: str, theirs: float | None, quality: str, ours_mb: float | None, peer_mb: float | None) -> Row:  # fmt: skip
@@ -71,7 +56,7 @@ def elr_in_a_training_step() -> Row:
         criterion(model(x)).backward()
         optimizer.step()
 
-    ours, peer = _pair(lambda: step(lambda z: loss(z, y, index)), lambda: step(lambda z: F.cross_entropy(z, y)), 30)
+    ours, peer = in_turn(lambda: step(lambda z: loss(z, y, index)), lambda: step(lambda z: F.cross_entropy(z, y)))
     return _row("ELR: training step of a small CNN, batch 128", ours, "F.cross_entropy", peer, "target: below 1.05", _state_mb(loss), 0.0)  # fmt: skip
 
 
@@ -80,8 +65,8 @@ def elr_alone() -> Row:
     logits = torch.randn(128, 100, generator=generator, requires_grad=True)
     y, index = torch.randint(0, 100, (128,), generator=generator), torch.randperm(50000, generator=generator)[:128]
     loss = ELRLoss(50000, 100)
-    ours, peer = _pair(
-        _backward(lambda z: loss(z, y, index), logits), _backward(lambda z: F.cross_entropy(z, y), logits), 200
+    ours, peer = in_turn(
+        _backward(lambda z: loss(z, y, index), logits), _backward(lambda z: F.cross_entropy(z, y), logits)
     )
     note = f"{1e6 * (ours - peer):.0f} microseconds more"
     return _row("ELR: loss and gradient alone, batch 128, K = 100", ours, "F.cross_entropy", peer, note, _state_mb(loss), 0.0)  # fmt: skip
@@ -92,8 +77,8 @@ def aldr_alone() -> Row:
     logits = torch.randn(1024, 1000, generator=generator, requires_grad=True)
     y, index = torch.randint(0, 1000, (1024,), generator=generator), torch.arange(1024)
     loss = ALDRKLLoss(50000, 1000)
-    ours, peer = _pair(
-        _backward(lambda z: loss(z, y, index), logits), _backward(lambda z: F.cross_entropy(z, y), logits), 50
+    ours, peer = in_turn(
+        _backward(lambda z: loss(z, y, index), logits), _backward(lambda z: F.cross_entropy(z, y), logits)
     )
     return _row("ALDR-KL: loss and gradient, batch 1024, K = 1000", ours, "F.cross_entropy", peer, "target: at most 1.3", _state_mb(loss), 0.0)  # fmt: skip
 
@@ -108,11 +93,11 @@ def detection() -> Row:
     task = task.changed(train=with_label_noise(task.train, 0.4, 10, generator=task.generator("noise")))
     y, wrong = task.train.labels, task.train.labels != task.train.true_y
     training = Training(steps=400, lr=2e-3, batch_size=64)
-    start = time.perf_counter()
+    start = time.process_time()
     run = fit(proxy_network(task, task.generator("model")), task, training, (ELR(),))
     losses = F.cross_entropy(predict(run.model, task.train.x), y, reduction="none")
     suspicion = label_suspicion(losses, torch.ones_like(losses))
-    ours = time.perf_counter() - start
+    ours = time.process_time() - start
     auroc = roc_auc_score(wrong.numpy(), suspicion.numpy())
     what = "Wrong labels found by the loss of one ELR run"
     try:
@@ -120,10 +105,10 @@ def detection() -> Row:
     except ImportError:
         row = _row(what, ours, "cleanlab", None, f"AUROC {auroc:.3f}", None, None)
         return {**row, "note": "cleanlab is not installed; pip install 'surefoot[peers]'."}
-    start = time.perf_counter()
+    start = time.process_time()
     logits = cross_fitted_logits(task, folds=5, repeats=1, training=training)[0]
     quality = get_label_quality_scores(y.numpy(), logits.double().softmax(1).numpy(), method="self_confidence")
-    theirs = time.perf_counter() - start
+    theirs = time.process_time() - start
     peer = roc_auc_score(wrong.numpy(), -quality)
     return _row(what, ours, "cleanlab self-confidence, 5 folds", theirs, f"AUROC {auroc:.3f} against {peer:.3f}", None, None)  # fmt: skip
 

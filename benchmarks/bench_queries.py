@@ -5,13 +5,11 @@
 - nap: `verify_nap`, which tries bounds and the LP first, against the mixed-integer program alone with big-M from intervals; same verdicts
 - rrcm: what one noise sample costs the encoder in one pass, against denoise-then-classify with a denoiser of the same widths
 
-One thread, median of 5 after one untimed run. Run: python benchmarks/bench_queries.py
+Both sides take turns (`_timing.py`). Run: python benchmarks/bench_queries.py
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -20,35 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from _timing import in_turn, memory_mb
 from surefoot.certified.nap import mine_naps, verify_nap
 from surefoot.certified.rrcm import ClassifierEncoder, SmoothableClassifier
 from surefoot.certified.zo_smoothing import zo_gradient
 from surefoot.models import seeded_build, small_cnn
 from surefoot.nn.smoothing import certify
 
-RUNS = 5
-
-
-def median_seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    seconds = []
-    for _ in range(RUNS + 1):
-        start = time.perf_counter()
-        answer = call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]), answer
-
 
 def row(
     what: str, ours: Callable[[], Any], peer: str, theirs: Callable[[], Any], quality: Callable[[Any, Any], str]
 ) -> dict:
-    (mine, a), (other, b) = median_seconds(ours), median_seconds(theirs)
+    mine, other = in_turn(ours, theirs)
     return {
         "what": what,
         "ours_s": mine,
         "peer": peer,
         "peer_s": other,
         "ratio": mine / other,
-        "quality": quality(a, b),
+        "quality": quality(ours(), theirs()),
+        "ours_mb": memory_mb(ours),
+        "peer_mb": memory_mb(theirs),
     }
 
 

@@ -1,15 +1,13 @@
 """TrAct side by side with its authors' `torch_tract`: what a training step costs above plain SGD.
 
-Run `python benchmarks/bench_tract.py`. `ours_s` and `peer_s` are the seconds a step takes *above* the plain step, medians of five blocks
-in turn; `quality` gives the plain step and both overheads in percent.
+Run `python benchmarks/bench_tract.py`. `ours_s` and `peer_s` are the seconds a step takes *above* the plain step, the sides in turn
+(`_timing.py`); `quality` gives the plain step and both overheads in percent.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from _timing import in_turn
+from _timing import seconds as once
 from surefoot.init.tract import apply_tract, tract_weight_grad
 from surefoot.models import seeded_build, small_cnn, small_resnet
-
-REPEATS, STEPS = 5, 20
 
 
 def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
@@ -32,22 +30,6 @@ def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
         optimizer.step()
 
     return step
-
-
-def seconds(steppers: list[Callable[[], None]]) -> list[float]:
-    """Median seconds a step of each, blocks interleaved so that a busy machine slows all alike."""
-    for step in steppers:
-        step()
-    blocks: list[list[float]] = [[] for _ in steppers]
-    for _ in range(REPEATS):
-        for step, block in zip(steppers, blocks, strict=True):
-            times = []
-            for _ in range(STEPS):
-                start = time.perf_counter()
-                step()
-                times.append(time.perf_counter() - start)
-            block.append(statistics.median(times))
-    return [statistics.median(block) for block in blocks]
 
 
 def stem7(channels: int) -> nn.Sequential:
@@ -86,7 +68,7 @@ def case(what: str, build: Callable[[], nn.Module], shape: tuple[int, ...]) -> d
         for model in (ours, peer):
             F.cross_entropy(model(x), y).backward()
         note = f"; first-layer gradients differ by {same_gradient(ours, peer):.1e}"
-    base, *with_tract = seconds([stepper(model, x, y) for model in models])
+    base, *with_tract = in_turn(*(stepper(model, x, y) for model in models), repeats=9)
     above = [max(t - base, 0.0) for t in with_tract]
     shares = " and ".join(f"{100 * a / base:.1f} %" for a in above)
     peer_s = above[1] if len(above) > 1 else None
@@ -103,7 +85,7 @@ def formula() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(64, 3072, generator=generator), torch.randn(64, 256, generator=generator)
     naive = lambda: g.T @ x @ torch.linalg.inv(x.T @ x / 64 + 0.1 * torch.eye(3072))  # noqa: E731
-    ours_s, naive_s = seconds([lambda: tract_weight_grad(x, g)])[0], _once(naive)
+    ours_s, naive_s = in_turn(lambda: tract_weight_grad(x, g))[0], once(naive)
     exact = tract_weight_grad(x.double(), g.double())
     error = ((tract_weight_grad(x, g).double() - exact).norm() / exact.norm()).item()
     other = ((naive().double() - exact).norm() / exact.norm()).item()
@@ -111,12 +93,6 @@ def formula() -> dict[str, Any]:
         "what": "weight gradient alone: 64 rows, 3,072 inputs", "ours_s": ours_s, "peer": "the n x n inverse", "peer_s": naive_s,
         "ratio": ours_s / naive_s, "quality": f"relative error {error:.1e} and {other:.1e}", "ours_mb": None, "peer_mb": None,
     }  # fmt: skip
-
-
-def _once(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def rows() -> list[dict[str, Any]]:
