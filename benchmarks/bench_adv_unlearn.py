@@ -103,7 +103,9 @@ def attack_rows(model: ToyDiffusion) -> list[Row]:
 
 def unlearning_rows(model: ToyDiffusion) -> list[Row]:
     def learn(attack: Attack | None) -> Callable[[], Any]:
-        learner = AdvUnlearner(iterations=5, warmup=0, batch=BATCH, retain_batch=BATCH, ddim_steps=4, copies=4, attack=attack)
+        learner = AdvUnlearner(
+            iterations=5, warmup=0, batch=BATCH, retain_batch=BATCH, ddim_steps=4, copies=4, attack=attack
+        )
         return lambda: learner.fit(model, [PROMPT], RETAIN, synonyms=["3"], generator=source())
 
     (plain, erased), (fast, quick), (standard, slow) = timed(learn(None), learn(FAST), learn(Attack()))

@@ -1,25 +1,27 @@
 """Trial of adaptive smoothing: does mixing an accurate and a robust net keep most of both, attacked as a whole?
 
-Digits at eps 0.2 (L-infinity; at half of that the robust net is as accurate as the plain one and there is nothing to gain, at 0.25 no net of this
-size keeps much). Both bases have
-one architecture; the robust one is trained by TRADES with weight 6. They are trained once a seed and shared by the arms, so the seconds of the first
-arm that needs them hold their cost. Every arm is attacked by the same suite on its whole (APGD-CE, APGD-T, Square), mixtures by attacks that start
-from their components and transfer as well; `robust` counts what survives everything.
+MNIST-1D (signals of 40 values, deviation 1) at eps 0.25 (L-infinity). The method's premise is that the plain net is clearly more accurate: at least 5
+points, `premise`. On digits it is absent (2 points at eps 0.2: an earlier version of this trial was held there, and could gain nothing); here robust
+training costs more. All nets have one architecture; the robust base is trained by TRADES with weight 6. Nets are trained once a seed and shared by
+the arms, so the seconds of the first arm that needs one hold its cost. The first 500 test signals are attacked, in every arm by the same suite on
+its whole (APGD-CE, APGD-T, Square), mixtures by attacks that start from their components and transfer as well; `robust` counts what survives
+everything.
 
-Scales and weights of the mixtures, and the weight of the TRADES baseline, are chosen on validation by the mean of clean and robust
-accuracy (`balance`), with as many settings each. `adaptive` trains its mixing network against attacks on the whole.
-`mixednuts` is the training-free follow-up (Bai et al., 2024). The premise (the plain net is at least 5 points more accurate) is a claim of its own:
-where it fails, the trade-off is not this trial's to judge.
+Scales and weights of the mixtures, the weight of the TRADES baseline and the share of eps that the adversarially trained one (`at`) sees are
+chosen on validation by the mean of clean and robust accuracy (`balance`). `adaptive` trains its mixing network for two epochs against attacks on the
+whole; a lower end of its weights below 1/2 is not tried, as nothing would be certified.
+`mixednuts` is the training-free follow-up (Bai et al., 2024). Another way to trade accuracy for robustness is to give TRADES less weight: the
+frontier through the plain net and TRADES nets of several weights says how accurate such a net is at the mixture's own robust accuracy.
 
 Left out: the certified version (the method's tests attack it), retrained ensembles, IAT, HAT and SCORE, other radii, CIFAR-10.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,136 +36,157 @@ from surefoot.adversarial.adaptive_smoothing import (
 from surefoot.core.subject import predict
 from surefoot.core.task import Task, Training
 from surefoot.core.trial import Arm, Claim, Metrics, Setup, Trial
-from surefoot.datasets.embedded import digits
-from surefoot.models import seeded_build, small_cnn
+from surefoot.datasets.embedded import mnist1d
+from surefoot.models import seeded_build, small_cnn, small_cnn1d
 from surefoot.nn.attacks import adaptive_suite, pgd, standard_suite
 from surefoot.training.loop import fit
 
-EPS = 0.2
-ATTACKED = 300
-TRAINING = Training(epochs=30, lr=8e-3)  # 3e-3 leaves the robust net under-trained
+EPS = 0.25
+ATTACKED = 500
+TRAINING = Training(epochs=25, batch_size=100, lr=1e-2)
 Net = nn.Module
 
 
-def digits_task(seed: int, data_dir: Path | None) -> Task:
-    return digits(seed, sizes=(1000, 197, 600))
+def signals(seed: int, data_dir: Path | None) -> Task:
+    return mnist1d(seed, sizes=(2000, 500, 1000))
 
 
-def net(task: Task, purpose: str) -> Net:
-    return seeded_build(lambda: small_cnn(task.input_shape, task.num_classes), task.generator(purpose))
+_trained: dict[tuple[object, ...], Net] = {}  # nets of this process, by data, seed and recipe
 
 
-@cache
-def bases(seed: int) -> tuple[Net, Net]:
-    """The accurate and the robust net of a seed."""
-    task = digits_task(seed, None).changed(seed=seed)
-    accurate = fit(net(task, "accurate"), task, TRAINING).model.eval()
-    return accurate, trades(task, 6.0)
+def trained(task: Task, method: AdversarialTraining | None) -> Net:
+    key = (task.name, task.seed, float(task.train.x.double().sum()), None if method is None else (method.eps, method.beta))  # fmt: skip
+    if key not in _trained:
+        build = small_cnn if len(task.input_shape) == 3 else small_cnn1d
+        purpose = "accurate" if method is None else "robust"
+        net = seeded_build(lambda: build(task.input_shape, task.num_classes), task.generator(purpose))
+        _trained[key] = fit(net, task, TRAINING, () if method is None else (method,)).model.eval()
+    return _trained[key]
 
 
 def trades(task: Task, beta: float) -> Net:
-    return fit(net(task, "robust"), task, TRAINING, (AdversarialTraining(EPS, beta, steps=5),)).model.eval()
+    return trained(task, AdversarialTraining(EPS, beta, steps=4))
+
+
+def bases(task: Task) -> tuple[Net, Net]:
+    """The accurate and the robust net."""
+    return trained(task, None), trades(task, 6.0)
+
+
+def accuracy(model: Net, task: Task) -> float:
+    return float((predict(model, task.test.x).argmax(1) == task.test.labels).double().mean())
 
 
 def measured(model: Net, task: Task, generator: torch.Generator, components: Sequence[Net] = ()) -> dict[str, float]:
-    """Clean accuracy on all test examples, robust accuracy on the first 300 under everything."""
+    """Clean accuracy on all test examples, robust accuracy on the first 500 under everything."""
     x, y = task.test.x[:ATTACKED], task.test.labels[:ATTACKED]
-    suite = standard_suite(model, x, y, eps=EPS, steps=25, targets=3, queries=300, attacks=("apgd-ce", "apgd-t", "square"), generator=generator)  # fmt: skip
+    shared = {"eps": EPS, "bounds": task.bounds, "generator": generator}
+    suite = standard_suite(model, x, y, steps=25, targets=3, queries=300, attacks=("apgd-ce", "apgd-t", "square"), **shared)  # fmt: skip
     robust = suite.robust
     if components and bool(robust.any()):
         rest = robust.nonzero().squeeze(1)
-        more = adaptive_suite(model, x[rest], y[rest], components=components, eps=EPS, steps=20, restarts=1, queries=100, generator=generator)  # fmt: skip
+        more = adaptive_suite(model, x[rest], y[rest], components=components, steps=20, restarts=1, queries=100, **shared)  # fmt: skip
         robust = robust.clone()
         robust[rest] = more.robust
-    clean = float((predict(model, task.test.x).argmax(1) == task.test.labels).double().mean())
-    found = float(robust.double().mean())
+    clean, found = accuracy(model, task), float(robust.double().mean())
     return {"accuracy": clean, "robust": found, "suite_alone": suite.robust_accuracy, "balance": (clean + found) / 2}
 
 
 def accurate_arm(task: Task, generator: torch.Generator) -> Metrics:
-    return measured(bases(task.seed)[0], task, generator)
+    return measured(bases(task)[0], task, generator)
 
 
 def robust_arm(task: Task, generator: torch.Generator) -> Metrics:
-    robust = bases(task.seed)[1]
+    accurate, robust = bases(task)
 
     def attack(model: Net, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return pgd(model, x, y, eps=EPS, steps=20, generator=generator).x
+        return pgd(model, x, y, eps=EPS, steps=20, bounds=task.bounds, generator=generator).x
 
     gap = confidence_gap(robust, [(task.test.x[:ATTACKED], task.test.labels[:ATTACKED])], attack)
-    worst = probability_margins(predict(robust, task.test.x), task.test.labels).mean()
-    return {**measured(robust, task, generator), "gap": gap.gap, "mean_margin": float(worst)}
+    margins = probability_margins(predict(robust, task.test.x), task.test.labels)
+    premise = accuracy(accurate, task) - accuracy(robust, task)
+    return {**measured(robust, task, generator), "premise": premise, "gap": gap.gap, "mean_margin": float(margins.mean())}  # fmt: skip
 
 
 class LogitMixture(nn.Module):
-    """(1 - a) g + a h on logits: the obvious mixture, whose accurate part can outvote any margin."""
+    """(1 - a) g + a s h on logits: the obvious mixture, whose accurate part can outvote any margin."""
 
-    def __init__(self, accurate: Net, robust: Net, alpha: float) -> None:
+    def __init__(self, accurate: Net, robust: Net, alpha: float, robust_scale: float) -> None:
         super().__init__()
-        self.accurate, self.robust, self.alpha = accurate, robust, alpha
+        self.accurate, self.robust, self.alpha, self.robust_scale = accurate, robust, alpha, robust_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.lerp(self.accurate(x), self.robust(x), self.alpha)
+        return torch.lerp(self.accurate(x), self.robust_scale * self.robust(x), self.alpha)
 
 
 def logits_arm(task: Task, generator: torch.Generator, alpha: float, robust_scale: float) -> Metrics:
-    accurate, robust = bases(task.seed)
-    scaled = nn.Sequential(robust, Times(robust_scale))
-    return measured(LogitMixture(accurate, scaled, alpha).eval(), task, generator, bases(task.seed))
-
-
-class Times(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.factor * x
+    model = LogitMixture(*bases(task), alpha, robust_scale).eval()
+    return measured(model, task, generator, bases(task))
 
 
 def mixed_arm(task: Task, generator: torch.Generator, alpha: float, robust_scale: float) -> Metrics:
-    model = MixedClassifier(*bases(task.seed), alpha=alpha, robust_scale=robust_scale).eval()
-    return measured(model, task, generator, bases(task.seed))
+    model = MixedClassifier(*bases(task), alpha=alpha, robust_scale=robust_scale).eval()
+    return measured(model, task, generator, bases(task))
 
 
 def mixednuts_arm(task: Task, generator: torch.Generator, alpha: float, scale: float) -> Metrics:
-    accurate, robust = bases(task.seed)
+    accurate, robust = bases(task)
     model = MixedClassifier(accurate, Amplified(robust, scale=scale), alpha=alpha).eval()
-    return measured(model, task, generator, bases(task.seed))
+    return measured(model, task, generator, bases(task))
 
 
 def adaptive_arm(task: Task, generator: torch.Generator, low: float, robust_scale: float) -> Metrics:
     """The treatment's own composition and training, on the shared bases."""
-    method = AdaptiveSmoothing(eps=EPS, robust_scale=robust_scale, alpha_range=(low, 0.99), attack_steps=10)
-    model = method.mixture(*bases(task.seed), task)
-    return measured(model, task, generator, bases(task.seed))
+    method = AdaptiveSmoothing(
+        eps=EPS, robust_scale=robust_scale, alpha_range=(low, 0.99), mixing_epochs=2, attack_steps=10, batch_size=100
+    )
+    return measured(method.mixture(*bases(task), task), task, generator, bases(task))
 
 
-def trades_arm(task: Task, generator: torch.Generator, beta: float) -> Metrics:
+def trades_arm(task: Task, generator: torch.Generator, beta: float = 1.0) -> Metrics:
     return measured(trades(task, beta), task, generator)
 
 
-MIXTURES = {"alpha": (0.7, 0.9), "robust_scale": (1.0, 3.0)}
+def trades_3_arm(task: Task, generator: torch.Generator) -> Metrics:
+    return trades_arm(task, generator, 3.0)
+
+
+def at_arm(task: Task, generator: torch.Generator, share: float) -> Metrics:
+    """Adversarial training at a smaller radius than the one it is judged at."""
+    return measured(trained(task, AdversarialTraining(share * EPS, None, steps=4)), task, generator)
+
+
+def above_trades(arms: Mapping[str, Metrics]) -> float:
+    """Clean accuracy of the adaptive mixture less that of TRADES nets at the same robust accuracy, between those that were trained."""
+    nets = sorted((arms[name] for name in ("accurate", "trades_1", "trades_3", "trades", "robust")), key=lambda net: net["robust"])  # fmt: skip
+    robust, clean = ([net[metric] for net in nets] for metric in ("robust", "accuracy"))
+    return arms["adaptive"]["accuracy"] - float(np.interp(arms["adaptive"]["robust"], robust, clean))
+
+
+MIXTURES = {"alpha": (0.6, 0.75, 0.9, 0.97), "robust_scale": (1.0, 3.0, 9.0)}
 
 EMBEDDED = Setup(
-    task=digits_task,
+    task=signals,
     tune_on="balance",
     arms={
         "accurate": Arm(accurate_arm, system=True),
         "robust": Arm(robust_arm, system=True),
-        "trades": Arm(trades_arm, grid={"beta": (1.0, 2.0, 3.0, 10.0)}, system=True),
+        "trades_1": Arm(trades_arm, system=True),
+        "trades_3": Arm(trades_3_arm, system=True),
+        "trades": Arm(trades_arm, grid={"beta": (0.3, 1.0, 3.0, 6.0, 12.0)}, system=True),
+        "at": Arm(at_arm, grid={"share": (0.25, 0.5, 0.75, 1.0)}, system=True),
         "logits": Arm(logits_arm, grid=MIXTURES, system=True),
         "mixed": Arm(mixed_arm, grid=MIXTURES, system=True),
-        "mixednuts": Arm(mixednuts_arm, grid={"alpha": (0.7, 0.9), "scale": (1.0, 3.0)}, system=True),
-        "adaptive": Arm(adaptive_arm, grid={"low": (0.6, 0.8), "robust_scale": (1.0, 3.0)}, system=True),
+        "mixednuts": Arm(mixednuts_arm, grid={"alpha": MIXTURES["alpha"], "scale": MIXTURES["robust_scale"]}, system=True),
+        "adaptive": Arm(adaptive_arm, grid={"low": (0.5, 0.7, 0.9), "robust_scale": (1.0, 3.0, 9.0)}, system=True),
     },
     claims=(
-        Claim("The premise: the plain net is at least 5 points more accurate than the robust one.", "accuracy", "accurate", "robust", at_least=0.05),
-        Claim("The robust net is surer where it is right under attack than where it is wrong on clean images, by half.", "gap", "robust", at_least=1.5),
+        Claim("The premise: the plain net is at least 5 points more accurate than the robust one.", "premise", "robust", at_least=0.05),
+        Claim("The robust net is surer where it is right under attack than where it is wrong on clean inputs, by half.", "gap", "robust", at_least=1.5),
         Claim("Mixing probabilities keeps more robust accuracy than mixing logits.", "robust", "mixed", "logits"),
-        Claim("The adaptive mixture is more accurate than the robust net.", "accuracy", "adaptive", "robust"),
-        Claim("It loses at most 5 points of robust accuracy.", "robust", "adaptive", "robust", at_least=-0.05),
+        Claim("The adaptive mixture gains more clean accuracy over the robust net than it loses robust accuracy.", "balance", "adaptive", "robust"),
         Claim("Its mean of clean and robust accuracy is higher than that of a TRADES net with its weight tuned for it.", "balance", "adaptive", "trades"),
+        Claim("It is more accurate than TRADES nets of less weight are at the same robust accuracy.", effect=above_trades),
     ),
 )  # fmt: skip
 
