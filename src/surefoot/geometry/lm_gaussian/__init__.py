@@ -15,7 +15,13 @@ from surefoot.geometry.lm_gaussian.align import GlobalAlignment, align_pointmaps
 from surefoot.geometry.lm_gaussian.backends import Backends, load_backends
 from surefoot.geometry.lm_gaussian.clean import clean_cloud, clean_confidence, cloud_of
 from surefoot.geometry.lm_gaussian.diffusers_repair import ControlNetParts, DiffusersControlNetRepair
-from surefoot.geometry.lm_gaussian.enhance import TemporalFilterEnhance, enhance_video, render_path, smooth_path
+from surefoot.geometry.lm_gaussian.enhance import (
+    TemporalFilterEnhance,
+    distill,
+    enhance_video,
+    render_path,
+    smooth_path,
+)
 from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_pose_free, score_views
 from surefoot.geometry.lm_gaussian.losses import (
     camera_tour,
@@ -47,7 +53,7 @@ __all__ = [
     "Backends", "Budget", "ControlNetParts", "DiffusersControlNetRepair", "DiffusersVideoPrior", "Dust3rPrior", "GlobalAlignment",
     "LMGaussianResult", "MarigoldDepthPrior", "MarigoldNormalsPrior", "MultiModalLoss", "MultiView", "OracleMonoPrior", "OracleStereoPrior",
     "PairPointmaps", "PatchDenoiserRepair", "Rates", "Switches", "TemporalFilterEnhance", "VggtPrior", "align_pointmaps", "all_pairs",
-    "camera_tour", "clean_cloud", "clean_confidence", "cloud_of", "collect_repair_pairs", "distance_weight", "enhance_video",
+    "camera_tour", "clean_cloud", "clean_confidence", "cloud_of", "collect_repair_pairs", "distance_weight", "distill", "enhance_video",
     "load_backends", "local_pearson_loss", "normal_loss", "pearson_depth_loss", "perceptual_distance", "photometric_loss", "reconstruct", "refine",
     "refine_pose", "render_path", "render_points", "repaired_views", "score_pose_free", "score_views", "smooth_path", "train_scene",
     "train_splats", "virtual_cameras",
