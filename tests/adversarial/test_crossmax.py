@@ -355,6 +355,7 @@ def test_both_evaluations_stand_side_by_side(trained):
         queries=20,
         draws=5,
         masking=8,
+        components=(runs[False].model,),
         generator=rng(),
     )
     found = report.accuracies
@@ -362,7 +363,8 @@ def test_both_evaluations_stand_side_by_side(trained):
     assert found["all together"] <= min(list(found.values())[:-1]) and report.overstated == pytest.approx(
         found["PGD"] - found["all together"]
     )
-    assert {"pipeline", "surrogate", "component 0", "long", "square"} <= set(report.adaptive.survivors)
+    stages = {"pipeline", "surrogate", "component 0", "component 1", "long", "square"}  # the head, then the one given
+    assert stages <= set(report.adaptive.survivors) and "component 2" not in report.adaptive.survivors
     assert report.rand_suite.decision == "majority" and report.adaptive.draws == 5
     assert "survive everything" in report.sentence and len(report.chart().figure["data"][0]["x"]) == 7
     assert isinstance(report.masking_flags, tuple)

@@ -90,7 +90,7 @@ class DisputedRobustnessReport:
         return Chart({"data": data, "layout": layout}, f"The same model under weaker and stronger evaluations ({self.budget}).")  # fmt: skip
 
 
-class _Averaged(nn.Module):
+class Averaged(nn.Module):
     """Log of the mean probability over `draws` passes: what a random model says on average, differentiable."""
 
     def __init__(self, model: nn.Module, draws: int) -> None:
@@ -118,14 +118,14 @@ def evaluate_crossmax(
     queries: int = 1000,
     draws: int = 10,
     surrogate: Model | None = None,
-    components: Sequence[Model] | None = None,
+    components: Sequence[Model] = (),  # to transfer from, beside a SelfEnsemble's own head
     masking: int = 50,  # examples for the masking checks; 0 leaves them out
     generator: torch.Generator | None = None,
 ) -> DisputedRobustnessReport:
     """Plain attacks, the published suite and adaptive attacks on the same examples; any model, so that baselines get the same.
 
-    For a `SelfEnsemble` the surrogate is the mean of its predictors' log-probabilities (averaged over draws) and the component its
-    backbone's head, the two cheap attacks that transfer best; give others by hand. The paper's own claim is the "rand" column.
+    For a `SelfEnsemble` the surrogate is the mean of its predictors' log-probabilities (averaged over draws) and the first component
+    its backbone's head, the two cheap attacks that transfer best; `components` adds others. The paper's own claim is the "rand" column.
     """
     check_at_least("draws", draws, 2)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -134,8 +134,8 @@ def evaluate_crossmax(
     shared = {"eps": eps, "norm": norm, "bounds": bounds, "generator": generator}
     if isinstance(model, SelfEnsemble):
         smooth = model.aggregated_by(mean_log_probs)
-        surrogate = surrogate or (_Averaged(smooth, 4) if random else smooth)
-        components = components or ((_Averaged(model.backbone, 4) if random else model.backbone),)
+        surrogate = surrogate or (Averaged(smooth, 4) if random else smooth)
+        components = (Averaged(model.backbone, 4) if random else model.backbone, *components)
 
     def right(points: Tensor) -> Tensor:
         return decide(model, points, draws=draws, generator=generator)[0] == y
@@ -146,7 +146,7 @@ def evaluate_crossmax(
     black = square(model, x, y, queries=queries, early_stop=not random, **shared)
     suite = rand_suite(model, x, y, steps=steps, eot=eot, draws=max(draws, 2), **shared)
     adaptive = adaptive_suite(
-        model, x, y, surrogate=surrogate, components=components or (), steps=adaptive_steps, eot=eot,
+        model, x, y, surrogate=surrogate, components=components, steps=adaptive_steps, eot=eot,
         restarts=restarts, queries=queries, draws=draws, **shared,
     )  # fmt: skip
     survived = clean & right(black.x)
