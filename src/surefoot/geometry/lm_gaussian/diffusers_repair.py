@@ -28,6 +28,7 @@ from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_
 from surefoot.geometry.lm_gaussian.local_models import check_folder, diffusers_library, load_part
 from surefoot.nn.diffusion import guided
 from surefoot.nn.lora import add_lora_, lora_layers, remove_lora_, shared_copy
+from surefoot.nn.lora_files import diffusers_tensors, load_peft_factors, lora_factors, save_peft, set_lora_factors_
 
 PARTS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -235,6 +236,40 @@ class DiffusersControlNetRepair:
         t = torch.randint(times, (len(z),), generator=generator, device=generator.device).to(z.device)
         noise = draw(z.shape, generator, z.device)
         return F.mse_loss(net.noise(self.parts.scheduler.add_noise(z, noise, t), t, net.embed(ids), control), noise)
+
+    def _fitted(self) -> Denoiser:
+        if self.net_ is None:
+            raise InvalidInput("The repair prior has not been fitted, so there is no LoRA to save.")
+        return self.net_
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fitted LoRA, for `load_state_dict` of a prior over the same models with the same rank and alpha."""
+        lora = {part: lora_factors(network) for part, network in self._fitted()._asdict().items()}
+        return {"lora": lora, "losses": list(self.losses_)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        net = self.parts.adapted(self.rank, self.alpha, torch.Generator().manual_seed(0))
+        for part, network in net._asdict().items():
+            set_lora_factors_(network, state["lora"][part])
+        self.net_, self.losses_ = Denoiser(*(network.requires_grad_(False) for network in net)), list(state["losses"])
+
+    def save_lora(self, folder: Path | str) -> None:
+        """The fitted LoRA as safetensors: `unet`, `controlnet` and `text_encoder` hold a peft adapter each, which is all of it. In
+        `pytorch_lora_weights.safetensors` stands what `load_lora_weights` of a diffusers pipeline can take: U-Net and text encoder without embeddings."""
+        from safetensors.torch import save_file
+
+        folder, net = Path(folder), self._fitted()
+        for part, network in net._asdict().items():
+            save_peft(network, folder / part, base=self.parts.name)
+        tensors = {**diffusers_tensors(net.unet, "unet"), **diffusers_tensors(net.text_encoder, "text_encoder")}
+        save_file(tensors, str(folder / "pytorch_lora_weights.safetensors"), {"format": "pt"})
+
+    def load_lora(self, folder: Path | str) -> None:
+        """Take the LoRA that `save_lora` left, instead of fitting."""
+        found = {part: load_peft_factors(Path(folder) / part) for part in Denoiser._fields}
+        scalings, mine = {round(scaling, 9) for _, scaling in found.values()}, self.alpha / self.rank
+        check(scalings == {round(mine, 9)}, f"{folder} was fitted with alpha / rank = {', '.join(f'{s:g}' for s in sorted(scalings))} and this prior has {mine:g}.")  # fmt: skip
+        self.load_state_dict({"lora": {part: factors for part, (factors, _) in found.items()}, "losses": []})
 
     def merge(self) -> None:
         """Fold the update into the weights of this prior's copies (the loaded parts stay as they are): a little faster, and no longer separable."""

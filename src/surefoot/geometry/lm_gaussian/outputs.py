@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.geometry.lm_gaussian.diffusers_repair import DiffusersControlNetRepair
+from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior
 from surefoot.geometry.lm_gaussian.system import LMGaussianResult
 from surefoot.nn.geometry.camera_files import save_colmap, save_nerfstudio
 from surefoot.nn.geometry.ply import save_points, save_splats
@@ -46,12 +48,14 @@ def contact_sheet(images: Sequence[Tensor], columns: int = 6) -> Tensor:  # [*, 
     return torch.cat([torch.cat(row, 1) for row in full], 0)
 
 
-def save_result(result: LMGaussianResult, folder: Path) -> dict[str, str]:
+def save_result(result: LMGaussianResult, folder: Path, *, repair: ImageRepairPrior | None = None) -> dict[str, str]:
     """Everything but the HTML; returns what is where.
 
     scene.ply        splats, for any viewer          points.ply       the cleaned cloud
     sparse/          COLMAP cameras and points       transforms.json  the same for nerfstudio
     path.gif, path/  the walk; path_enhanced.gif after stage 3
+    path_distilled.gif, scene_undistilled.ply   the walk after the splats learned from the enhanced frames, and the splats before
+    repair_lora/     the LoRA of a diffusion model fitted to the scene, if `repair` is one
     reconstruct.json the report and the training curve
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +75,13 @@ def save_result(result: LMGaussianResult, folder: Path) -> dict[str, str]:
     if result.enhanced is not None:
         save_gif(result.enhanced, folder / "path_enhanced.gif")
         files["enhanced path"] = "path_enhanced.gif"
+    if result.undistilled is not None and result.distilled is not None:
+        save_splats(result.undistilled, folder / "scene_undistilled.ply")
+        save_gif(result.distilled, folder / "path_distilled.gif")
+        files |= {"splats before distilling": "scene_undistilled.ply", "distilled path": "path_distilled.gif"}
+    if isinstance(repair, DiffusersControlNetRepair) and repair.net_ is not None:
+        repair.save_lora(folder / "repair_lora")
+        files["repair model"] = "repair_lora/"
     partial = folder / f".reconstruct.json.{os.getpid()}"
     partial.write_text(json.dumps({**result.to_dict(), "files": files}, indent=1))
     partial.replace(folder / "reconstruct.json")
