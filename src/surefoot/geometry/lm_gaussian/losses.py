@@ -68,8 +68,9 @@ def local_pearson_loss(
     left = torch.randint(0, width - box + 1, (count,), generator=generator)
     offset = torch.arange(box)
     rows, columns = (top[:, None] + offset).to(depth.device), (left[:, None] + offset).to(depth.device)
-    a = depth[rows[:, :, None], columns[:, None, :]].flatten(1)
-    b = mono[rows[:, :, None], columns[:, None, :]].flatten(1)
+    place = (rows[:, :, None] * width + columns[:, None, :]).flatten()
+    # Boxes overlap: the backward of depth[rows, columns] would add with atomics, in an order that changes with several threads.
+    a, b = (x.flatten().index_select(0, place).unflatten(0, (count, -1)) for x in (depth, mono))
     textured = (a.detach().std(1, unbiased=False) >= 1e-4) & (b.std(1, unbiased=False) >= 1e-4)
     if not bool(textured.any()):
         return depth.sum() * 0
