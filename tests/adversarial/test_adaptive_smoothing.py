@@ -449,7 +449,7 @@ def test_the_trial_compares_at_equal_robust_accuracy():
     """Between trained nets the frontier is a line; beyond the most robust one its accuracy counts."""
     from surefoot.trials.adversarial.adaptive_smoothing import above_trades
 
-    frontier = {"accurate": (0.0, 0.95), "trades_1": (0.3, 0.9), "trades_3": (0.35, 0.85), "robust": (0.4, 0.8), "trades": (0.3, 0.9)}  # fmt: skip
+    frontier = {"accurate": (0.0, 0.95), "trades": (0.3, 0.9), "robust": (0.4, 0.8)}
     for robust, accuracy, expected in ((0.3, 0.92, 0.02), (0.375, 0.825, 0.0), (0.15, 0.9, -0.025), (0.5, 0.8, 0.0)):
         arms = {name: {"robust": r, "accuracy": a} for name, (r, a) in frontier.items()}
         arms["adaptive"] = {"robust": robust, "accuracy": accuracy}
