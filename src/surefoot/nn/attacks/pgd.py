@@ -94,7 +94,7 @@ def pgd(
                         break
                     index, labels, ball = index[alive], labels[alive], ball.take(alive)
                     point, gradient = point[alive], gradient[alive]
-                point = ball.project(point + size * ball.direction(gradient))
+                point = ball.project(torch.add(point, ball.direction(gradient), alpha=size))
             if eps == 0:
                 break
     return AttackResult(best, broken, best_loss, passes, notes)
@@ -128,7 +128,7 @@ def pgd_train(
         point = ball.sample(generator) if random_start else x
         for step in range(steps):
             _, _, gradient = loss_and_gradient(model, point, y, function, first=step == 0, piece=piece)
-            point = ball.project(point + size * ball.direction(gradient))
+            point = ball.project(torch.add(point, ball.direction(gradient), alpha=size))
     return point
 
 
