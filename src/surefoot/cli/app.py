@@ -165,36 +165,60 @@ class ModeChoice(StrEnum):
     forward = "forward"
 
 
+class ScopeChoice(StrEnum):
+    unsure = "unsure"
+    all = "all"
+
+
+LARGE, LENGTH, METHOD = "Large models", "How long, how large", "Parts of the method"
+
+
 @app.command()
 def reconstruct(
     photos: Annotated[Path, typer.Argument(help="Folder of three to sixteen photos of one place.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the scene.")] = Path("scene"),
+    out: Annotated[Path, typer.Option("--out", help="Folder of the scene; an unfinished run in it goes on.")] = Path("scene"),
     mode: Annotated[ModeChoice, typer.Option(help="A walk around, or views that look one way.")] = ModeChoice.around,
-    stereo: Annotated[str, typer.Option(help="Who finds poses and depths: colmap, dust3r:PATH, vggt:PATH.")] = "colmap",
-    depth: Annotated[str, typer.Option(help="Who guesses depth from one photo: none, marigold:PATH.")] = "none",
-    normals: Annotated[str, typer.Option(help="Who guesses normals from one photo: none, marigold:PATH.")] = "none",
-    repair: Annotated[str, typer.Option(help="Who repairs virtual views: patch, none, diffusers:PATH.")] = "patch",
-    enhance: Annotated[str, typer.Option(help="Who enhances the video: temporal, none, diffusers:PATH.")] = "temporal",
-    prompt: Annotated[str | None, typer.Option(help="One sentence on the place, for --repair diffusers:PATH.")] = None,
-    device: Annotated[str, typer.Option(help="Where models given by PATH run: cpu, cuda, ...")] = "cpu",
-    trust: Annotated[bool, typer.Option("--trust", help="Unpickle a network that comes as a pickle.")] = False,
     eval_every: Annotated[int | None, typer.Option(help="Hold every n-th photo out, to tell how good it is.")] = None,
-    size: Annotated[int, typer.Option(help="Longer side of the pictures that train the splats.")] = 96,
-    steps: Annotated[int | None, typer.Option(help="Training steps in all.")] = None,
-    splats: Annotated[int | None, typer.Option(help="Splats at most.")] = None,
     crop: Annotated[bool, typer.Option("--crop", help="Crop photos of several sizes to the smallest.")] = False,
+    focal: Annotated[float | None, typer.Option(help="Focal length in pixels of the photos as they are, if you know it.")] = None,
+    stereo: Annotated[str, typer.Option(help="Who finds poses and depths: colmap, dust3r:PATH, vggt:PATH.", rich_help_panel=LARGE)] = "colmap",
+    depth: Annotated[str, typer.Option(help="Who guesses depth from one photo: none, marigold:PATH.", rich_help_panel=LARGE)] = "none",
+    normals: Annotated[str, typer.Option(help="Who guesses normals from one photo: none, marigold:PATH.", rich_help_panel=LARGE)] = "none",
+    repair: Annotated[str, typer.Option(help="Who repairs virtual views: patch, none, diffusers:PATH.", rich_help_panel=LARGE)] = "patch",
+    enhance: Annotated[str, typer.Option(help="Who enhances the video: temporal, none, diffusers:PATH.", rich_help_panel=LARGE)] = "temporal",
+    prompt: Annotated[str | None, typer.Option(help="One sentence on the place, for --repair diffusers:PATH.", rich_help_panel=LARGE)] = None,
+    device: Annotated[str, typer.Option(help="Where models given by PATH run: cpu, cuda, ...", rich_help_panel=LARGE)] = "cpu",
+    trust: Annotated[bool, typer.Option("--trust", help="Unpickle a network that comes as a pickle.", rich_help_panel=LARGE)] = False,
+    size: Annotated[int, typer.Option(help="Longer side of the pictures that train the splats.", rich_help_panel=LENGTH)] = 96,
+    steps: Annotated[int | None, typer.Option(help="Training steps in all (default 500); every schedule and rate goes with them.", rich_help_panel=LENGTH)] = None,
+    splats: Annotated[int | None, typer.Option(help="Splats at most (default 4000).", rich_help_panel=LENGTH)] = None,
+    align_steps: Annotated[int | None, typer.Option(help="Steps that align pairs of --stereo dust3r:PATH (default 500).", rich_help_panel=LENGTH)] = None,
+    rounds: Annotated[int, typer.Option(help="How often virtual views are repaired anew.", rich_help_panel=LENGTH)] = 2,
+    repair_steps: Annotated[int | None, typer.Option(help="Steps that fit the repair model to the scene (default: 600 for patch, 1800 for diffusers).", rich_help_panel=LENGTH)] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the walk (default 60).", rich_help_panel=LENGTH)] = None,
+    distill_steps: Annotated[int, typer.Option(help="Steps that feed the enhanced frames back into the splats as weak targets; 0 leaves the splats alone.", rich_help_panel=LENGTH)] = 0,
+    repair_strength: Annotated[float | None, typer.Option(help="How much of a virtual view may be painted anew, 0 to 1 (default 0.3).", rich_help_panel=METHOD)] = None,
+    mask_unreliable: Annotated[bool, typer.Option("--mask-unreliable", help="Let repaired pixels train nothing where the repair changed much.", rich_help_panel=METHOD)] = False,
+    depth_scope: Annotated[ScopeChoice, typer.Option(help="What --depth may move in the alignment: pixels that stereo is unsure of, or all.", rich_help_panel=METHOD)] = ScopeChoice.unsure,
+    adaptor: Annotated[bool, typer.Option("--adaptor", help="Let each pair of the alignment stretch its depth against its width.", rich_help_panel=METHOD)] = False,
+    optimize_poses: Annotated[bool, typer.Option("--optimize-poses", help="Let training move the cameras too.", rich_help_panel=METHOD)] = False,
+    without: Annotated[list[str] | None, typer.Option(help="Leave a part out (repeat for several): depth_guidance, cleaning, cross_view, background, depth_loss, normal_loss, virtual_views, repair, distance_weight, enhancement.", rich_help_panel=METHOD)] = None,
     seed: Seed = 0,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Turn a handful of photos into a 3D scene of Gaussian splats, with a path through it and a report."""
     from surefoot.cli.reconstruct import run_reconstruct
 
     named = {
         "stereo": stereo, "depth": depth, "normals": normals, "repair": repair, "enhance": enhance, "prompt": prompt, "device": device, "trust": trust,
     }  # fmt: skip
+    method = {
+        "align_steps": align_steps, "rounds": rounds, "repair_steps": repair_steps, "frames": frames, "distill_steps": distill_steps, "repair_strength": repair_strength,
+        "mask_unreliable": mask_unreliable, "depth_scope": depth_scope.value, "adaptor": adaptor, "optimize_poses": optimize_poses, "without": without or [],
+    }  # fmt: skip
     run_reconstruct(
-        photos, out, mode=mode.value, named=named, eval_every=eval_every, size=size, steps=steps, splats=splats, crop=crop, seed=seed,
-        as_json=as_json,
+        photos, out, mode=mode.value, named=named, method=method, eval_every=eval_every, size=size, steps=steps, splats=splats, focal=focal, crop=crop,
+        seed=seed, as_json=as_json,
     )  # fmt: skip
 
 

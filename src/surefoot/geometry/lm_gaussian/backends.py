@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from surefoot.errors import InvalidInput, check, check_choice
+from surefoot.errors import InvalidInput, check, check_at_least, check_choice
 from surefoot.geometry.lm_gaussian.align import align_pointmaps
 from surefoot.geometry.lm_gaussian.enhance import TemporalFilterEnhance
 from surefoot.geometry.lm_gaussian.networks import (
@@ -81,15 +81,21 @@ def load_backends(
     repair: str = "patch",
     enhance: str = "temporal",
     prompt: str | None = None,
+    fit_steps: int | None = None,
     device: torch.device | str = "cpu",
     trust: bool = False,
     on_fit: Callable[[int, int, float], None] | None = None,
 ) -> Backends:
     """The priors that these names stand for, all models loaded; `device` is where diffusion models run, `prompt` a sentence on the scene,
+    `fit_steps` how long the repair model is fitted to it (default 600 for the patch denoiser, 1,800 for LoRA);
     `on_fit(step, steps, loss)` is told how fitting the repair model goes."""
     named = {"stereo": stereo, "depth": depth, "normals": normals, "repair": repair, "enhance": enhance}
     chosen = {question: parse(question, answer) for question, answer in named.items()}  # before gigabytes are read
     where = _device(device)
+    long: dict[str, Any] = {} if fit_steps is None else {"fit_steps": fit_steps}
+    if fit_steps is not None:
+        check(chosen["repair"][0] != "none", "fit_steps is how long a repair model is fitted, and none was asked for.")
+        check_at_least("fit_steps", fit_steps, 1)
 
     def made(question: str, **makers: Callable[[str], Any]) -> Any:
         name, path = chosen[question]
@@ -103,17 +109,17 @@ def load_backends(
     def diffusers_repair(path: str) -> ImageRepairPrior:
         from surefoot.geometry.lm_gaussian.diffusers_repair import DiffusersControlNetRepair
 
-        prior = DiffusersControlNetRepair.from_folder(path, device=where, on_step=on_fit)
+        prior = DiffusersControlNetRepair.from_folder(path, device=where, on_step=on_fit, **long)
         return prior if prompt is None else replace(prior, prompt=prompt)
 
-    repairer = made("repair", patch=lambda _: PatchDenoiserRepair(widths=(16, 32, 48), batch=16, on_step=on_fit), diffusers=diffusers_repair)  # fmt: skip
+    repairer = made("repair", patch=lambda _: PatchDenoiserRepair(widths=(16, 32, 48), batch=16, on_step=on_fit, **long), diffusers=diffusers_repair)  # fmt: skip
     return Backends(
         made("stereo", dust3r=lambda p: moved(Dust3rPrior(p, trust=trust)), vggt=lambda p: moved(VggtPrior(p, trust=trust))),
         made("depth", marigold=lambda p: MarigoldDepthPrior(p, device=where)),
         made("normals", marigold=lambda p: MarigoldNormalsPrior(p, device=where)),
         repairer,
         made("enhance", temporal=lambda _: TemporalFilterEnhance(repairer), diffusers=lambda p: DiffusersVideoPrior(p, device=where)),
-        (*named.values(), prompt or ""),
+        (*named.values(), prompt or "", *(() if fit_steps is None else (f"fit_steps={fit_steps}",))),
     )  # fmt: skip
 
 
@@ -151,14 +157,18 @@ def first_depths(pairs: Sequence[PairPointmaps], n: int) -> tuple[Tensor, Tensor
 
 
 def aligned(
-    pairs: Sequence[PairPointmaps], names: Sequence[str], *, mono_depth: Tensor | None = None, cleaning: bool = True, depth_scope: Literal["unsure", "all"] = "unsure",
-    adaptor: bool = False, steps: int = 500, tol: float = 0.03, seed: int = 0, progress: Callable[[int, int, float], None] | None = None,
+    pairs: Sequence[PairPointmaps], names: Sequence[str], *, mono_depth: Tensor | None = None, K: Tensor | None = None, cleaning: bool = True,
+    depth_scope: Literal["unsure", "all"] = "unsure", adaptor: bool = False, steps: int = 500, tol: float = 0.03, seed: int = 0, progress: Callable[[int, int, float], None] | None = None,
 ) -> MultiView:  # fmt: skip
-    """Pairs in one world, as the views that a prior of all photos would give; pairs that did not fit are named in the notes."""
+    """Pairs in one world, as the views that a prior of all photos would give; `K` [3, 3] where known, at the pairs' size; pairs that did not fit are
+    named in the notes."""
     height, width = pairs[0].conf_i.shape
-    fit = align_pointmaps(pairs, mono_depth=mono_depth, clean_every=50 if cleaning else None, depth_scope=depth_scope, adaptor=adaptor, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress)  # fmt: skip
+    known = None if K is None else K.expand(len(names), 3, 3)
+    fit = align_pointmaps(pairs, mono_depth=mono_depth, K=known, clean_every=50 if cleaning else None, depth_scope=depth_scope, adaptor=adaptor, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress)  # fmt: skip
     cameras = tuple(Camera(k, w, width, height, name) for k, w, name in zip(fit.K, fit.w2c, names, strict=True))
-    notes = tuple(f"The pair {names[i]}, {names[j]} did not fit the others and was dropped." for i, j in fit.dropped)
+    notes = fit.notes + tuple(
+        f"The pair {names[i]}, {names[j]} did not fit the others and was dropped." for i, j in fit.dropped
+    )
     empty = PointCloud(fit.depths.new_zeros(0, 3), fit.depths.new_zeros(0, 3))
     return MultiView(cameras, tuple(range(len(names))), empty, fit.depths, fit.conf, notes)
 

@@ -77,6 +77,8 @@ def reconstruct_photos(
     backends: Backends | None = None,
     switches: Switches | None = None,
     budget: Budget | None = None,
+    K: Tensor | None = None,  # [3, 3]: known intrinsics of the one camera, at the photos' size
+    optimize_poses: bool = False,
     seed: int = 0,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -96,7 +98,9 @@ def reconstruct_photos(
     small, large = resize(images, size), resize(images, NETWORK_SIDE)
     height, width = small[0].shape[:2]
     mono = None if backends.depth is None else asked(backends.depth.predict, large, width, height)
-    found, mono, who = _views(images, large, names, mono, (width, height), backends, switches, budget, seed, progress)
+    found, mono, who = _views(
+        images, large, names, mono, (width, height), backends, switches, budget, K, seed, progress
+    )
     held = list(found.registered[::eval_every]) if eval_every else []
     train = [k for k in found.registered if k not in held]
     if len(train) < 2:
@@ -120,25 +124,38 @@ def reconstruct_photos(
         who,
         [None if p is None else p.name for p in priors],
         backends.asked,
+        None if K is None else K.tolist(),
+        optimize_poses,
     )
     stages = None if folder is None else StageStore.of(folder / "stages", chosen, *settings)
     result = reconstruct(
         chosen, stereo_prior=KnownViews(views_of(found, train), who), names=[names[k] for k in train], depth_prior=depth, normal_prior=normals,
-        repair_prior=backends.repair, video_prior=backends.enhance, mode=mode, switches=switches, budget=budget, generator=generator,
-        progress=progress, stages=stages,
+        repair_prior=backends.repair, video_prior=backends.enhance, mode=mode, switches=switches, budget=budget,
+        optimize_poses=optimize_poses, generator=generator, progress=progress, stages=stages,
     )  # fmt: skip
+    if K is not None:
+        result.report["intrinsics"] = K.tolist()
     result.report["unregistered"] = [names[k] for k in range(len(names)) if k not in found.registered]
     cameras = [found.cameras[found.registered.index(k)] for k in held]
-    return result, held_out(result, cameras, [small[k] for k in held], [names[k] for k in held]), torch.stack(chosen)
+    kept_out = cameras, [small[k] for k in held], [names[k] for k in held]
+    scored = held_out(result, *kept_out)
+    if scored is not None and result.undistilled is not None:
+        before = held_out(replace(result, scene=result.undistilled), *kept_out)
+        scored.scores["before_distilling"] = {} if before is None else before.scores
+    return result, scored, torch.stack(chosen)
 
 
 def _views(
     images: Sequence[Tensor], large: Sequence[Tensor], names: Sequence[str], mono: Tensor | None, size: tuple[int, int], backends: Backends,
-    switches: Switches, budget: Budget, seed: int, progress: Progress | None,
+    switches: Switches, budget: Budget, K: Tensor | None, seed: int, progress: Progress | None,
 ) -> tuple[MultiView, Tensor | None, str]:  # fmt: skip
     """The views at splat size, the mono depths turned the right way, and who found the views."""
     width, height = size
     note = None
+
+    def intrinsics_at(columns: int, rows: int) -> Tensor | None:
+        full = images[0].shape
+        return None if K is None else K * K.new_tensor([columns / full[1], rows / full[0], 1.0])[:, None]
 
     def tell(stage: str) -> Callable[..., None]:
         return lambda step, steps, *_: None if progress is None else progress(stage, step, steps)
@@ -150,15 +167,16 @@ def _views(
         if mono is not None:
             mono, note = oriented(mono, *first_depths(pairs, len(images)))
         guide = mono if switches.depth_guidance else None
-        found = aligned(pairs, names, mono_depth=guide, cleaning=switches.cleaning, depth_scope=switches.depth_scope, adaptor=switches.adaptor, steps=budget.align_steps, tol=budget.tol, seed=seed, progress=tell("align"))  # fmt: skip
+        found = aligned(pairs, names, mono_depth=guide, K=intrinsics_at(width, height), cleaning=switches.cleaning, depth_scope=switches.depth_scope, adaptor=switches.adaptor, steps=budget.align_steps, tol=budget.tol, seed=seed, progress=tell("align"))  # fmt: skip
     else:
         if prior is None:
             from surefoot.geometry.lm_gaussian.colmap import ColmapPrior
 
             prior = ColmapPrior(work_size=size, seed=seed)
-            found = prior.reconstruct(images, names, None)
+            found = prior.reconstruct(images, names, K)
         else:
-            found = resized(prior.reconstruct(large, names, None), width, height)  # type: ignore[union-attr]
+            K = intrinsics_at(large[0].shape[1], large[0].shape[0])
+            found = resized(prior.reconstruct(large, names, K), width, height)  # type: ignore[union-attr]
         if mono is not None and found.depths is not None and found.conf is not None:
             _, note = oriented(mono[list(found.registered)], found.depths, found.conf)
             mono = mono if note is None else -mono
