@@ -25,7 +25,6 @@ from surefoot.training.loop import fit
 
 TREATMENTS = [m.slug for m in catalog.methods() if m.treatment]
 INSTRUMENTS = [i.slug for i in catalog.instruments()]
-ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +97,6 @@ def test_treatment_saved_and_loaded(slug, model, task, recipe):
 def test_treatment_refuses_a_plain_classifier(slug, model, task):
     with pytest.raises(Refused):
         catalog.make_treatment(slug).check(model, task)
-
-
-@ON_CUDA
-@pytest.mark.parametrize("slug", TREATMENTS)
-def test_treatment_on_cuda(slug, model, task):
-    contracts.works_on_cuda(catalog.make_treatment(slug), model, task)
 
 
 @pytest.mark.slow

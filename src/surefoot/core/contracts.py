@@ -125,10 +125,12 @@ def works_in_double(treatment: Treatment, model: nn.Module, task: Task) -> None:
     _require(bool(torch.isfinite(logits).all()), f"{treatment.slug}: a float64 model gives NaN")
 
 
-def works_on_cuda(treatment: Treatment, model: nn.Module, task: Task) -> None:
-    run = fit(model, task.changed(device=torch.device("cuda")), SHORT, [treatment])
-    _require(all(p.is_cuda for p in run.model.parameters()), f"{treatment.slug}: left parameters on the CPU")
-    _require(bool(torch.isfinite(predict(run.model, task.test.x)).all()), f"{treatment.slug}: NaN on CUDA")
+def works_on(device: torch.device, treatment: Treatment, model: nn.Module, task: Task) -> None:
+    """Training there leaves everything there, and no NaN."""
+    run = fit(model, task.changed(device=device), SHORT, [treatment])
+    tensors = [*run.model.parameters(), *run.model.buffers()]
+    _require(all(t.device == device for t in tensors), f"{treatment.slug}: left tensors elsewhere than on {device}")
+    _require(bool(torch.isfinite(predict(run.model, task.test.x)).all()), f"{treatment.slug}: NaN on {device}")
 
 
 def bad_input_is_refused(treatment: Treatment, model: nn.Module, task: Task) -> None:
@@ -183,7 +185,7 @@ def check_treatment(
     if recipe is not None:
         saved_and_loaded(treatment, model, task, recipe)
     if torch.cuda.is_available():
-        works_on_cuda(treatment, model, task)
+        works_on(torch.device("cuda", 0), treatment, model, task)
 
 
 # --- instruments ----------------------------------------------------------------------------------------------------
@@ -241,6 +243,12 @@ def measures_in_double(instrument: Instrument, subject: Subject, task: Task) -> 
     _require(math.isfinite(finding.value), f"{instrument.slug}: {finding.value} for a float64 model")
 
 
+def measures_on(device: torch.device, instrument: Instrument, subject: Subject, task: Task) -> None:
+    there = subject.with_model(copy.deepcopy(subject.model).to(device))
+    finding = instrument.measure(there, task.changed(device=device))
+    _require(math.isfinite(finding.value), f"{instrument.slug}: {finding.value} on {device}")
+
+
 def unlabelled_is_said(instrument: Instrument, subject: Subject, task: Task) -> None:
     bare = task.changed(**{n: Split(getattr(task, n).x, None) for n in ("train", "valid", "test")})
     reason = instrument.unfit(subject, bare)
@@ -281,3 +289,5 @@ def check_instrument(instrument: Instrument, subject: Subject, task: Task) -> No
     """All checks of an instrument."""
     for contract in INSTRUMENT_CHECKS:
         contract(instrument, subject, task)
+    if torch.cuda.is_available():
+        measures_on(torch.device("cuda", 0), instrument, subject, task)

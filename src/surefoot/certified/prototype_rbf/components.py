@@ -71,7 +71,7 @@ class Components(Instrument):
         check(bool(torch.isfinite(logits).all()), "The model's logits must be finite, got NaN or infinity.")
         found = find_head(subject.model)
         assert found is not None
-        name, head = found
+        name, head = found[0], copy.deepcopy(found[1]).cpu()  # like the backbone: float64 is on every CPU
         backbone = without(subject.model, name).cpu().double()
         backbone.eval()
         known = unwrap(head)

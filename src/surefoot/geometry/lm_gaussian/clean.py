@@ -204,6 +204,9 @@ def cloud_of(
     colours = images[keep].to(points)
     check(len(points) >= 2, "Cleaning left fewer than two points; lower the confidence threshold or add photos.")
     if at_most is not None and len(points) > at_most:
-        chosen = torch.randperm(len(points), generator=generator)[:at_most].sort().values
+        where = points.device if generator is None else generator.device
+        chosen = (
+            torch.randperm(len(points), generator=generator, device=where)[:at_most].sort().values.to(points.device)
+        )
         points, colours = points[chosen], colours[chosen]
     return PointCloud(points, colours)

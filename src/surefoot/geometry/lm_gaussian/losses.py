@@ -64,9 +64,9 @@ def local_pearson_loss(
     check_at_least("box", box, 2)
     box = min(box, height, width)
     count = max(1, int(fraction * (height // box) * (width // box)))
-    top = torch.randint(0, height - box + 1, (count,), generator=generator)
-    left = torch.randint(0, width - box + 1, (count,), generator=generator)
-    offset = torch.arange(box)
+    top = torch.randint(0, height - box + 1, (count,), generator=generator, device=generator.device)
+    left = torch.randint(0, width - box + 1, (count,), generator=generator, device=generator.device)
+    offset = torch.arange(box, device=generator.device)
     rows, columns = (top[:, None] + offset).to(depth.device), (left[:, None] + offset).to(depth.device)
     place = (rows[:, :, None] * width + columns[:, None, :]).flatten()
     # Boxes overlap: the backward of depth[rows, columns] would add with atomics, in an order that changes with several threads.

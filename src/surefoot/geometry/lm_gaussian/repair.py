@@ -93,18 +93,18 @@ class PatchDenoiserRepair:
         check(degraded.shape == clean.shape and degraded.dim() == 4, f"degraded and clean must both be [P, H, W, 3], got {tuple(degraded.shape)} and {tuple(clean.shape)}.")  # fmt: skip
         check_at_least("image side", min(clean.shape[1:3]), 8)
         with torch.random.fork_rng([]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            net = PatchUNet(self.widths)
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+            net = PatchUNet(self.widths).to(clean.device)
         bad, good = (2 * t.permute(0, 3, 1, 2) - 1 for t in (degraded, clean))
         side = min(self.patch, *(4 * (s // 4) for s in good.shape[2:]))
         optimizer = torch.optim.AdamW(net.parameters(), self.lr)
-        levels, self.losses_ = cosine_alphas_bar(self.times), []
+        levels, self.losses_ = cosine_alphas_bar(self.times).to(clean.device), []
         for step in range(self.fit_steps):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.fit_steps))
             x, condition, place = self._batch(bad, good, side, generator)
-            t = torch.randint(self.times, (len(x),), generator=generator)
-            noise = torch.randn(x.shape, generator=generator)
+            t = _below(self.times, len(x), x, generator)
+            noise = _normal(x, generator)
             loss = F.mse_loss(condition + net(noised(x, t, noise, levels), condition, place, t), x)
             optimizer.zero_grad()
             loss.backward()
@@ -128,17 +128,17 @@ class PatchDenoiserRepair:
 
     def _batch(self, bad: Tensor, good: Tensor, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         height, width = good.shape[2:]
-        k = torch.randint(len(good), (self.batch,), generator=generator)
-        top = torch.randint(0, height - side + 1, (self.batch,), generator=generator)
-        left = torch.randint(0, width - side + 1, (self.batch,), generator=generator)
-        offset = torch.arange(side)
+        k = _below(len(good), self.batch, good, generator)
+        top = _below(height - side + 1, self.batch, good, generator)
+        left = _below(width - side + 1, self.batch, good, generator)
+        offset = torch.arange(side, device=good.device)
         rows, columns = (top[:, None] + offset)[:, :, None], (left[:, None] + offset)[:, None, :]
         x = good[k[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
         condition = bad[k[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
         half = self.batch // 2
         condition = torch.cat([condition[:half], degrade(x[half:], generator)])
         place = _places(rows, columns, height, width)
-        flip = torch.rand(self.batch, generator=generator) < 0.5
+        flip = _uniform(x, generator, self.batch) < 0.5
         x, condition = (torch.where(flip[:, None, None, None], t.flip(3), t) for t in (x, condition))
         return x, condition, torch.where(flip[:, None, None, None], place.flip(3), place)
 
@@ -154,11 +154,11 @@ class PatchDenoiserRepair:
         height, width = x.shape[2:]
         side = min(self.patch, *(4 * (s // 4) for s in (height, width)))
         starts = [_starts(size, side) for size in (height, width)]
-        window = torch.hann_window(side + 2, periodic=False)[1:-1]
+        window = torch.hann_window(side + 2, periodic=False, device=x.device)[1:-1]
         window = window[:, None] * window[None] + 1e-3
-        noise = torch.randn(x.shape, generator=generator)
-        total, weight = torch.zeros_like(x), torch.zeros(1, 1, height, width)
-        offset = torch.arange(side)
+        noise = _normal(x, generator)
+        total, weight = torch.zeros_like(x), x.new_zeros(1, 1, height, width)
+        offset = torch.arange(side, device=x.device)
         for top in starts[0]:
             for left in starts[1]:
                 here = (..., slice(top, top + side), slice(left, left + side))
@@ -170,14 +170,14 @@ class PatchDenoiserRepair:
 
     def _denoise(self, x: Tensor, noise: Tensor, place: Tensor, strength: float) -> Tensor:
         assert self.net_ is not None
-        levels = cosine_alphas_bar(self.times)
+        net, levels = self.net_.to(x.device), cosine_alphas_bar(self.times).to(x.device)
         times = repair_times(self.times, self.sample_steps, strength)
-        z = noised(x, torch.full((len(x),), times[0]), noise, levels)
+        z = noised(x, torch.full((len(x),), times[0], device=x.device), noise, levels)
         for here, below in zip(times, [*times[1:], -1], strict=True):
-            t = torch.full((len(x),), here)
-            clean = (x + self.net_(z, x, place, t)).clamp(-1, 1)
+            t = torch.full((len(x),), here, device=x.device)
+            clean = (x + net(z, x, place, t)).clamp(-1, 1)
             eps = (z - levels[here].sqrt() * clean) / (1 - levels[here]).sqrt()
-            after = levels[below] if below >= 0 else torch.ones(())
+            after = levels[below] if below >= 0 else levels.new_ones(())
             z = after.sqrt() * clean + (1 - after).sqrt() * eps
         return z
 
@@ -201,16 +201,31 @@ def _places(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:  
 def degrade(x: Tensor, generator: torch.Generator) -> Tensor:  # [B, 3, S, S] in [-1, 1]
     """What splats do to a picture: a blur of 0.3 to 1.2 pixels and a faint soft blob. Much stronger faults than renderings have teach the net to smooth."""
     size, side = len(x), x.shape[-1]
-    sigma = 0.3 + 0.9 * torch.rand(size, generator=generator)
-    line = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / (2 * sigma[:, None] ** 2))
+    sigma = 0.3 + 0.9 * _uniform(x, generator, size)
+    line = torch.exp(-(torch.arange(-5.0, 6.0, device=x.device) ** 2) / (2 * sigma[:, None] ** 2))
     line = (line / line.sum(1, keepdim=True)).repeat_interleave(3, 0)
     flat = x.reshape(1, -1, *x.shape[2:])
     flat = F.conv2d(F.pad(flat, (5, 5, 0, 0), mode="replicate"), line[:, None, None, :], groups=3 * size)
     flat = F.conv2d(F.pad(flat, (0, 0, 5, 5), mode="replicate"), line[:, None, :, None], groups=3 * size)
-    out, grid = flat.view_as(x), torch.arange(side) + 0.5
-    centre = side * torch.rand(2, size, 1, generator=generator)
-    width = 1 + 4 * torch.rand(2, size, 1, generator=generator)
+    out, grid = flat.view_as(x), torch.arange(side, device=x.device) + 0.5
+    centre = side * _uniform(x, generator, 2, size, 1)
+    width = 1 + 4 * _uniform(x, generator, 2, size, 1)
     gauss = torch.exp(-(((grid - centre) / width) ** 2) / 2)
-    alpha = 0.3 * torch.rand(size, 1, 1, generator=generator) * gauss[0][:, :, None] * gauss[1][:, None, :]
-    colour = 2 * torch.rand(size, 3, 1, 1, generator=generator) - 1
+    alpha = 0.3 * _uniform(x, generator, size, 1, 1) * gauss[0][:, :, None] * gauss[1][:, None, :]
+    colour = 2 * _uniform(x, generator, size, 3, 1, 1) - 1
     return out + alpha[:, None] * (colour - out)
+
+
+# Drawn where the generator lives, used where the pictures are.
+
+
+def _uniform(like: Tensor, generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device).to(like.device)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+
+
+def _below(most: int, size: int, like: Tensor, generator: torch.Generator) -> Tensor:  # int64 [size]
+    return torch.randint(most, (size,), generator=generator, device=generator.device).to(like.device)

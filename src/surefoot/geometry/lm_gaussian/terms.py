@@ -75,7 +75,7 @@ class VirtualViews:
 
     def term(self, scene: GaussianScene, background: Tensor, generator: torch.Generator) -> Tensor:
         """weight L1 on a random one of them, over the pixels that its mask covers."""
-        k = int(torch.randint(len(self.cameras), (), generator=generator))
+        k = int(torch.randint(len(self.cameras), (), generator=generator, device=generator.device))
         weight = float(self.weight[k]) if isinstance(self.weight, Sequence) else float(self.weight)
         mask = self.masks[k]
         if weight == 0 or not bool(mask.any()):

@@ -125,7 +125,7 @@ def train_splats(
             scene.update_filter(cameras)
         if sh_every and step and step % sh_every == 0:
             scene.active_degree = min(scene.degree, scene.active_degree + 1)
-        queue = queue or torch.randperm(len(images), generator=generator).tolist()
+        queue = queue or torch.randperm(len(images), generator=generator, device=generator.device).tolist()
         photo = queue.pop()
         camera = cameras[photo] if poses is None else poses.camera(photo)
         out = rasterize(scene, camera, background, normals=multi is not None and multi.needs_normals(step))

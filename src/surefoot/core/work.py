@@ -1,0 +1,59 @@
+"""Work counted instead of timed: a budget that ends at the same example on every machine, however busy it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+FLOPS = 1e10  # a second of one core, in float64 or on small layers
+VALUES = 4e8  # written to memory in a second
+
+
+class WorkMeter(TorchDispatchMode):
+    """Counts what runs inside `with meter:`; `seconds` are those of a nominal core, not of a clock.
+
+    A pass of linear bounds is bound by arithmetic in some layers and by memory in others, so both are counted: floating-point
+    operations of products and convolutions, and values written by every operation that is not a mere view.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.values = 0, 0
+
+    @property
+    def seconds(self) -> float:
+        return self.flops / FLOPS + self.values / VALUES
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        if not func.is_view:
+            self.values += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+@torch.no_grad()
+def forward_flops(model: nn.Module, example: Tensor) -> int:  # example [1, ...]
+    """Floating-point operations of one forward pass, in evaluation mode; every training flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(example)
+    finally:
+        for module, training in flags:
+            module.training = training
+    return int(counter.get_total_flops())
+
+
+def affordable(most: int, least: int, each: float, flops: float) -> int:
+    """How many examples at `each` operations the budget pays: at most `most`, and `least` whatever it says."""
+    return max(min(least, most), min(most, int(flops / max(each, 1.0))))
