@@ -15,7 +15,7 @@ from surefoot.geometry.lm_gaussian.align import GlobalAlignment, align_pointmaps
 from surefoot.geometry.lm_gaussian.clean import Cleaned, clean_cloud, cloud_of
 from surefoot.geometry.lm_gaussian.priors import MonoDepthPrior, MultiView, MultiViewPrior, StereoPrior, all_pairs
 from surefoot.geometry.lm_gaussian.settings import Budget, Progress, Switches
-from surefoot.geometry.lm_gaussian.stages import cameras_from_dict, cameras_to_dict, cloud_to_dict
+from surefoot.geometry.lm_gaussian.stages import Checkpoint, cameras_from_dict, cameras_to_dict, cloud_to_dict
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.ply import PointCloud
 
@@ -77,8 +77,9 @@ def start_scene(
     budget: Budget,
     generator: torch.Generator,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Start:
-    """Stage 0: poses, depths and the cleaned cloud."""
+    """Stage 0: poses, depths and the cleaned cloud. An alignment that `checkpoint` holds is taken up, and this one kept there."""
     stack = torch.stack(list(images))
     mono = None if depth_prior is None else torch.stack([depth_prior.predict(k, im) for k, im in enumerate(images)])
     report: dict[str, Any] = {"stereo": stereo_prior.name, "depth": None if depth_prior is None else depth_prior.name}
@@ -91,7 +92,8 @@ def start_scene(
             if progress is not None:
                 progress("align", step, steps)
 
-        fit = align_pointmaps(pairs, mono_depth=mono if switches.depth_guidance else None, K=known, clean_every=50 if switches.cleaning else None, depth_scope=switches.depth_scope, adaptor=switches.adaptor, tol=budget.tol, steps=budget.align_steps, generator=generator, progress=tell)  # fmt: skip
+        fit = align_pointmaps(pairs, mono_depth=mono if switches.depth_guidance else None, K=known, clean_every=50 if switches.cleaning else None, depth_scope=switches.depth_scope, adaptor=switches.adaptor, tol=budget.tol, steps=budget.align_steps, generator=generator, progress=tell, checkpoint=checkpoint)  # fmt: skip
+        report |= {"notes": list(fit.notes)} if fit.notes else {}
         return _cleaned(fit, tuple(range(n)), stack, mono, names, switches, budget, generator, report)
     found: MultiView = stereo_prior.reconstruct(images, names, K)  # type: ignore[union-attr]
     report["notes"] = list(found.notes)
@@ -131,5 +133,5 @@ def _cleaned(
 def _thin(cloud: PointCloud, at_most: int, generator: torch.Generator) -> PointCloud:
     if len(cloud.points) <= at_most:
         return cloud
-    chosen = torch.randperm(len(cloud.points), generator=generator)[:at_most].sort().values
+    chosen = torch.randperm(len(cloud.points), generator=generator, device=generator.device)[:at_most].sort().values.to(cloud.points.device)  # fmt: skip
     return PointCloud(cloud.points[chosen], cloud.rgb[chosen])

@@ -153,7 +153,7 @@ def reconstruct(
     for views that look one way; `optimize_poses` moves the cameras together with the splats of stage 1. `steps` scales every schedule of the budget
     to so many training steps in all (`Budget.of`, or `budget.scaled` of the one given).
 
-    With `stages` every finished stage is kept on disk, and training every minute; a run that asks the same goes on from there. Raises
+    With `stages` every finished stage is kept on disk, alignment and training every minute; a run that asks the same goes on from there. Raises
     `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
     """
     check_choice("mode", mode, ("360", "forward"))
@@ -169,7 +169,7 @@ def reconstruct(
     check_images(images, names)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     run = _Run(mode, switches, budget, generator, progress, stages)
-    start = run.once("start", lambda: start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress), start_to_dict, start_from_dict)  # fmt: skip
+    start = run.once("start", lambda: start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress, checkpoint=run.kept("start")), start_to_dict, start_from_dict)  # fmt: skip
     photos = torch.stack([images[k] for k in start.registered])
     mono, normals = (None if p is None else torch.stack([p.predict(k, images[k]) for k in start.registered]) for p in (depth_prior, normal_prior))  # fmt: skip
     scene, course = run.train(start, photos, mono, normals, optimize_poses)
