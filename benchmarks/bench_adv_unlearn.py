@@ -4,15 +4,13 @@ An untrained toy model (8x8 digits, forty words): time does not hang on weights.
 many states, so that the ratio says how many plain steps an attack costs: the fast one takes one signed step, the published standard one thirty.
 Steps of unlearning with each stand beside plain erasing (ESD, no attack). The token search has a true peer: the same greedy search that scores its
 candidates one after the other. So has the attack on embeddings: one state after the other, gradients added up.
-Both sides run in turn on one thread, five times each after one untimed run; the median counts.
+Both sides run in turn on one thread (`_timing.py`).
 
 Run: python benchmarks/bench_adv_unlearn.py
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from _timing import in_turn
 from surefoot.adversarial.adv_unlearn import (
     FAST,
     AdversarialPrompt,
@@ -37,7 +36,7 @@ from surefoot.adversarial.adv_unlearn import (
 from surefoot.models import seeded_build
 from surefoot.models.toy_diffusion import ToyDiffusion, ToyTextEncoder, ToyUNet
 
-BATCH, RUNS, PROMPT = 4, 5, "a three"
+BATCH, PROMPT = 4, "a three"
 RETAIN = ["", "a one", "a seven", "a nine"]
 Row = dict[str, Any]
 
@@ -47,15 +46,9 @@ def source() -> torch.Generator:
 
 
 def timed(*calls: Callable[[], Any]) -> list[tuple[float, Any]]:
-    """Median seconds of each call and what it gave, the calls taking turns."""
+    """Median seconds of each call and what it gave."""
     given = [call() for call in calls]
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(RUNS):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [(statistics.median(taken), result) for taken, result in zip(seconds, given, strict=True)]
+    return list(zip(in_turn(*calls), given, strict=True))
 
 
 def row(what: str, ours: float, peer: str, theirs: float, quality: str) -> Row:

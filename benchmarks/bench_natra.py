@@ -2,16 +2,14 @@
 
 Peers: the same descent over one image after another (what per-image inversion scripts do), and scikit-learn's `PCA` with NumPy's least squares for the
 construction of GANSpace. SeFa's published closed form is `numpy.linalg.eig` of A^T A. The generator is an untrained decoder: time does not hang
-on its weights. Both sides run in turn in one process on one thread, five times each after one untimed run; the median counts, and `quality`
-says how far apart the results are. The last row is the price in training: a NaTra attack on kept codes beside the pixel attack of as many steps.
+on its weights. Both sides run in turn in one process on one thread (`_timing.py`), and `quality` says how far apart the results
+are. The last row is the price in training: a NaTra attack on kept codes beside the pixel attack of as many steps.
 
 Run: python benchmarks/bench_natra.py
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from _timing import in_turn
 from surefoot.adversarial.natra import (
     LatentCodes,
     NaturalTransformation,
@@ -32,7 +31,7 @@ from surefoot.models import seeded_build, small_cnn
 from surefoot.models.generators import ImageEncoder, image_decoder
 from surefoot.nn.attacks import pgd_train
 
-LATENT, IMAGES, STEPS, RUNS = 16, 64, 20, 5
+LATENT, IMAGES, STEPS = 16, 32, 20
 Row = dict[str, Any]
 
 
@@ -41,15 +40,9 @@ def source() -> torch.Generator:
 
 
 def timed(*calls: Callable[[], Any]) -> list[tuple[float, Any]]:
-    """Median seconds of each call and what it gave, the calls taking turns."""
+    """Median seconds of each call and what it gave."""
     given = [call() for call in calls]
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(RUNS):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [(statistics.median(taken), result) for taken, result in zip(seconds, given, strict=True)]
+    return list(zip(in_turn(*calls), given, strict=True))
 
 
 def row(what: str, ours: float, peer: str, theirs: float, quality: str) -> Row:
