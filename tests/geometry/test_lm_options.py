@@ -143,7 +143,7 @@ def test_the_adaptor_undoes_stretched_pairs(views):
 
         def predict(self, i, j, a, b):
             pair = exact.predict(i, j, a, b)
-            factor = torch.tensor([1.0, 1.0, 1.25 if (i + j) % 2 else 0.8])
+            factor = torch.tensor([1.0, 1.0, 1.05 if (i + j) % 2 else 1 / 1.05])
             return pair._replace(points_i=pair.points_i * factor, points_j=pair.points_j * factor)
 
     errors = []
@@ -151,7 +151,7 @@ def test_the_adaptor_undoes_stretched_pairs(views):
         start = start_scene([v.rgb for v in views], Stretched(), names=list("abcd"), K=views[0].camera.K, switches=replace(Switches(), adaptor=adaptor, cleaning=False), budget=replace(BUDGET, align_steps=150), generator=rng())  # fmt: skip
         ratio = (start.aligned / torch.stack([v.depth for v in views])).log()
         errors.append(float(ratio.std()))
-    assert errors[1] < 1e-3 < 5e-3 < errors[0]
+    assert errors[1] < 5e-4 < 2e-3 < errors[0]
 
 
 class Repaint:
