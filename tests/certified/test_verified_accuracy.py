@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from surefoot.certified.verified_accuracy import VerifiedAccuracy, neuron_count
+from surefoot.core import work
 from surefoot.core.contracts import check_instrument
 from surefoot.core.statistics import wilson_interval
 from surefoot.core.subject import Subject, predict
@@ -14,6 +18,7 @@ from surefoot.core.task import Split, Task, Training
 from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput
 from surefoot.models import mlp, seeded_build
+from surefoot.nn.bounds import verified
 from surefoot.training.loop import fit
 
 
@@ -47,11 +52,11 @@ def test_complete_verification_only_adds_proofs_and_leaves_little_open(digits_su
     eps = 0.04
     bounds_only = VerifiedAccuracy(eps=eps, complete_neurons=0).measure(subject, task)
     complete = VerifiedAccuracy(eps=eps).measure(subject, task)
-    assert (complete.samples >= bounds_only.samples).all()
+    assert (np.asarray(complete.samples) >= np.asarray(bounds_only.samples)).all()
     clean, broken = complete.parts[0].value, complete.parts[-1].value
     assert complete.value + broken > clean - 0.1
     assert complete.value + broken > bounds_only.value
-    assert len(complete.parts) == len(bounds_only.parts) + 1
+    assert len(complete.parts) == len(bounds_only.parts)
 
 
 def test_no_proven_image_is_broken_by_an_attack(digits_subject):
@@ -147,3 +152,67 @@ def test_contracts(digits_subject):
 def test_bad_settings(settings):
     with pytest.raises(InvalidInput, match=next(iter(settings))):
         VerifiedAccuracy(**settings)
+
+
+def test_a_spent_budget_leaves_images_open_and_says_how_many(digits_subject, monkeypatch):
+    subject, task = digits_subject
+    task = task.changed(budget="standard")
+    whole = VerifiedAccuracy(eps=0.05, complete_neurons=0).measure(subject, task)
+    assert whole.details["not_reached"] == 0
+    asked = whole.details["tried_with_dear_bounds"]
+    monkeypatch.setattr(work, "VALUES", 1.0)  # a slow nominal machine: the first image takes all of its minute
+    some = VerifiedAccuracy(eps=0.05, complete_neurons=0).measure(subject, task)
+    assert some.details["tried_with_dear_bounds"] == 1
+    assert some.details["not_reached"] == asked - 1
+    assert f"{asked - 1} of {asked} open images" in some.warnings[-1]
+    assert some.n == whole.n
+    assert some.samples is not None
+    assert whole.samples is not None
+    assert (some.samples <= whole.samples).all()
+
+
+def test_radii_are_nested_and_nothing_is_proven_and_broken(digits_subject):
+    subject, task = digits_subject
+    finding = VerifiedAccuracy(eps=0.08, complete_neurons=0).measure(subject, task.changed(budget="standard"))
+    clean, *curve, by_ibp, broken = (np.asarray(part.samples) for part in finding.parts)
+    for larger, smaller in itertools.pairwise([by_ibp, *reversed(curve), clean]):
+        assert (larger <= smaller).all()
+    assert not (broken * curve[-1]).any()
+    assert broken.any()
+    assert 0 < curve[0].mean() < 1
+
+
+def test_the_cheap_ladder_misses_no_proof(digits_subject):
+    """Attack and nested radii only spare work: the answers are those of the dear bounds on every image at every radius."""
+    subject, task = digits_subject
+    task = task.changed(budget="standard")
+    finding = VerifiedAccuracy(eps=0.08, complete_neurons=0).measure(subject, task)
+    split = task.sample("verified_accuracy", 128)
+    for part, share in zip(finding.parts[1:4], (0.25, 0.5, 1.0), strict=True):
+        plain = verified(subject.model, split.x, split.labels, share * 0.08, method="crown")
+        assert part.samples is not None
+        assert part.samples.astype(bool).tolist() == plain.tolist()
+
+
+def test_work_is_counted_the_same_each_time_and_knows_views():
+    a, b = torch.rand(20, 30), torch.rand(30, 40)
+
+    def counted() -> work.WorkMeter:
+        with work.WorkMeter() as meter:
+            (a @ b).relu().expand(5, 20, 40).transpose(0, 1)
+        return meter
+
+    meter = counted()
+    assert meter.flops == 2 * 20 * 30 * 40
+    assert meter.values == 2 * 20 * 40  # the product and the ReLU; expand and transpose write nothing
+    assert counted().seconds == meter.seconds == meter.flops / work.FLOPS + meter.values / work.VALUES
+
+
+def test_affordable_counts():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert work.forward_flops(model.train(), torch.zeros(1, 1, 8, 8)) == 2 * 64 * 10
+    assert model.training
+    assert work.affordable(150, 25, 1e3, 1e6) == 150
+    assert work.affordable(150, 25, 1e4, 1e6) == 100
+    assert work.affordable(150, 25, 1e6, 1e6) == 25
+    assert work.affordable(10, 25, 1e6, 1e6) == 10
