@@ -132,5 +132,8 @@ def test_a_run_from_the_command_line_with_known_focal_and_frames_fed_back(views,
     report = json.loads((out / "reconstruct.json").read_text())
     assert report["focal"] == pytest.approx(focal, rel=1e-5) and report["switches"]["virtual_views"] is False
     assert report["held_out"]["before_distilling"]["psnr_fitted"] > 0 and report["distillation"]["steps"] == 2
+    assert report["seed"] == 0 and torch.__version__.startswith(
+        report["environment"]["packages"]["torch"].split("+")[0]
+    )
     assert {"scene_undistilled.ply", "path_distilled.gif", "report.html"} <= {p.name for p in out.iterdir()}
     assert "fed back" in (out / "report.html").read_text()

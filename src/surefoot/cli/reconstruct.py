@@ -112,6 +112,7 @@ def run_reconstruct(
             backends=chosen, switches=switches, budget=budget, K=K, optimize_poses=method["optimize_poses"], seed=seed, folder=out, progress=tell,
         )  # fmt: skip
     seconds = time.perf_counter() - start
+    result.report["seed"] = seed
     if held is not None:
         result.report["held_out"] = {"photos": list(held.names), **held.scores}
     files = save_result(result, out, repair=chosen.repair)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surefoot.core.environment import environment
 from surefoot.geometry.lm_gaussian.diffusers_repair import DiffusersControlNetRepair
 from surefoot.geometry.lm_gaussian.priors import ImageRepairPrior
 from surefoot.geometry.lm_gaussian.system import LMGaussianResult
@@ -56,7 +57,7 @@ def save_result(result: LMGaussianResult, folder: Path, *, repair: ImageRepairPr
     path.gif, path/  the walk; path_enhanced.gif after stage 3
     path_distilled.gif, scene_undistilled.ply   the walk after the splats learned from the enhanced frames, and the splats before
     repair_lora/     the LoRA of a diffusion model fitted to the scene, if `repair` is one
-    reconstruct.json the report and the training curve
+    reconstruct.json the report, the training curve, and the versions and machine that made them
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_splats(result.scene, folder / "scene.ply")
@@ -83,6 +84,6 @@ def save_result(result: LMGaussianResult, folder: Path, *, repair: ImageRepairPr
         repair.save_lora(folder / "repair_lora")
         files["repair model"] = "repair_lora/"
     partial = folder / f".reconstruct.json.{os.getpid()}"
-    partial.write_text(json.dumps({**result.to_dict(), "files": files}, indent=1))
+    partial.write_text(json.dumps({**result.to_dict(), "environment": environment(), "files": files}, indent=1))
     partial.replace(folder / "reconstruct.json")
     return files
