@@ -34,6 +34,7 @@ from surefoot.certified.zo_smoothing import BlackBox, RobustifiedModel
 from surefoot.nn.bounds import Limits, Method, decide_margins, verified
 from surefoot.nn.bounds.statements import Norm
 from surefoot.nn.smoothing import Looks, certify, predict, upper_confidence_bound, vote_counts
+from surefoot.shift.crop_selection import CropSelection
 
 ALPHA, LEAST, F64 = 1e-6, 10_000, torch.float64
 
@@ -401,6 +402,35 @@ def conformal() -> Row:
     return Row(20, 20_000, missing, "no shift by eps", max(0, round((1 - alpha - room - wrong) * 20_000)))
 
 
+# --- a camera that moves: the choice of pixels itself is certified --------------------------------------------------------
+
+
+def crop_selection() -> Row:
+    """Every window within the certified shift must select the very same pixels. Half of the frames are mirrored, so that scores tie.
+
+    The mistake is a certificate from the centre window alone, blind to the pixels that a shift brings in.
+    """
+    g, size, shift = rng(0), 20, 2
+    side = size + 2 * shift
+    model = CropSelection(nn.Flatten(), size, 8)
+    noise = torch.randint(256, (1500, 1, side, side), generator=g, dtype=torch.uint8)
+    half = torch.randint(256, (1500, 1, side, side // 2), generator=g, dtype=torch.uint8)
+    frames = torch.cat([noise, torch.cat([half, half.flip(3)], 3)])
+    good = model.certify(frames, shift)
+    assert good is not None
+    centre = frames[:, :, shift:-shift, shift:-shift]
+    at, crops = model.select(centre), model.crop(centre)
+    naive = ((at >= shift) & (at <= size - 8 - shift)).all(1)
+    changed, tried = torch.zeros_like(good), 0
+    for dy in range(2 * shift + 1):
+        for dx in range(2 * shift + 1):
+            if (dy, dx) != (shift, shift):
+                moved = model.crop(frames[:, :, dy : dy + size, dx : dx + size])
+                changed |= (moved != crops).flatten(1).any(1)
+                tried += int(good.sum())
+    return Row(int(good.sum()), tried, int((good & changed).sum()), "certified by the centre window", int((naive & changed).sum()))  # fmt: skip
+
+
 RECIPES: dict[str, Callable[[], Row]] = {
     "IBP, Linf": lambda: bounds("ibp", "linf", 3.0),
     "CROWN, Linf": lambda: bounds("crown", "linf", 1.5),
@@ -419,6 +449,7 @@ RECIPES: dict[str, Callable[[], Row]] = {
     "rrcm": lambda: net_votes(rrcm_base),
     "zo_smoothing": lambda: net_votes(zo_base),
     "robust_conformal": conformal,
+    "crop_selection": crop_selection,
 }
 
 
