@@ -1,4 +1,4 @@
-"""LM-Gaussian: alignment, cleaning, losses, virtual views, repair, stages; on a scene where all is known."""
+"""LM-Gaussian: cleaning, losses, virtual views, repair, stages; on a scene where all is known."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from surefoot.geometry.lm_gaussian import (
     PatchDenoiserRepair,
     Switches,
     TemporalFilterEnhance,
-    align_pointmaps,
-    all_pairs,
     clean_cloud,
     clean_confidence,
     cloud_of,
@@ -38,7 +36,6 @@ from surefoot.geometry.lm_gaussian.clean import fit_scale_shift
 from surefoot.geometry.lm_gaussian.repair import repair_times
 from surefoot.geometry.lm_gaussian.stages import StageStore
 from surefoot.geometry.lm_gaussian.train import Rates
-from surefoot.nn.geometry.alignment import pose_errors
 from surefoot.nn.geometry.cameras import Camera, focal_of, intrinsics, look_at
 from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
@@ -60,16 +57,6 @@ def views(scene):
     return [scene.view(camera, supersample=2) for camera in scene.train]
 
 
-@pytest.fixture(scope="module")
-def pairs(views):
-    exact = OracleStereoPrior(views, depth_noise=0, outlier=0, far_bias=0, far_noise=0, edge_bleed=False)
-    return [exact.predict(i, j, views[i].rgb, views[j].rgb) for i, j in all_pairs(COUNT)]
-
-
-def cameras_of(fit):
-    return [Camera(K, w2c, SIZE, SIZE) for K, w2c in zip(fit.K, fit.w2c, strict=True)]
-
-
 def ring(count, radius=1.0):
     cameras = []
     for k in range(count):
@@ -78,62 +65,6 @@ def ring(count, radius=1.0):
         )
         cameras.append(Camera(intrinsics(focal_of(55, 16), 16, 16), look_at(centre, torch.zeros(3)), 16, 16, f"{k}"))
     return cameras
-
-
-# ---------------------------------------------------------------- alignment
-
-
-def damage(parameters):
-    g = rng(3)
-    parameters["quat"] += 0.05 * torch.randn(parameters["quat"].shape, generator=g)
-    parameters["centre"] += 0.1 * torch.randn(parameters["centre"].shape, generator=g)
-    parameters["log_depth"] += 0.1 * torch.randn(COUNT, 1, 1, generator=g)
-    parameters["focal"] += 20 * 0.05 * torch.randn(parameters["focal"].shape, generator=g)
-
-
-@pytest.mark.parametrize("start", [None, damage], ids=["from the tree", "damaged"])
-def test_alignment_recovers_the_truth(scene, pairs, start):
-    fit = align_pointmaps(pairs, clean_every=None, steps=500, damage=start)
-    errors = pose_errors(cameras_of(fit), scene.train)
-    assert errors.rotation_degrees.max() < 0.1
-    assert errors.ate < 1e-3 * 2.75
-    assert float(fit.K[0, 0, 0] / scene.train[0].K[0, 0]) == pytest.approx(1, abs=5e-3)
-    mean = sum(math.log(s) for s in fit.pair_scales.values()) / len(fit.pair_scales)
-    assert mean == pytest.approx(math.log(0.5), abs=1e-6)
-
-
-def test_the_gauge_shares_the_scale_of_one_pair(pairs):
-    """One pair three times larger: its scale falls by ln 3 (1 - 1/E), all others rise by ln 3 / E."""
-    before = align_pointmaps(pairs, clean_every=None, steps=150)
-    larger = [pairs[0]._replace(points_i=3 * pairs[0].points_i, points_j=3 * pairs[0].points_j), *pairs[1:]]
-    after = align_pointmaps(larger, clean_every=None, steps=150)
-    change = {e: math.log(after.pair_scales[e] / before.pair_scales[e]) for e in before.pair_scales}
-    first, share = (pairs[0].i, pairs[0].j), math.log(3) / len(pairs)
-    assert change.pop(first) == pytest.approx(share - math.log(3), abs=2e-3)
-    assert max(abs(c - share) for c in change.values()) < 2e-3
-
-
-def test_a_confident_wrong_pair_is_dropped(scene, pairs):
-    g = rng(1)
-    wrong = pairs[2]._replace(points_j=pairs[2].points_j + 2 * torch.rand(3, generator=g), conf_i=torch.full_like(pairs[2].conf_i, 20.0), conf_j=torch.full_like(pairs[2].conf_j, 20.0))  # fmt: skip
-    fit = align_pointmaps([*pairs[:2], wrong, *pairs[3:]], clean_every=None, steps=200)
-    assert fit.dropped[0] == (wrong.i, wrong.j)
-    assert pose_errors(cameras_of(fit), scene.train).rotation_degrees.max() < 1.0
-
-
-def test_bad_pairs(pairs):
-    with pytest.raises(InvalidInput, match="No chain of pairs leads to photos 4"):
-        align_pointmaps([p for p in pairs if 4 not in (p.i, p.j)] + [pairs[0]._replace(i=4, j=4)])
-    for change, words in (
-        ({"conf_i": -pairs[0].conf_i}, "must be positive"),
-        ({"points_j": pairs[0].points_j * torch.nan}, "NaN"),
-        ({"points_i": -pairs[0].points_i}, "behind its own camera"),
-        ({"points_i": pairs[0].points_i[:5]}, "must be"),
-    ):
-        with pytest.raises(InvalidInput, match=words):
-            align_pointmaps([pairs[0]._replace(**change), *pairs[1:]])
-    with pytest.raises(InvalidInput, match="constant"):
-        align_pointmaps(pairs, mono_depth=torch.ones(COUNT, SIZE, SIZE))
 
 
 # ---------------------------------------------------------------- cleaning
@@ -165,33 +96,6 @@ def test_cleaning_by_hand():
     conf = torch.full((2, 8, 8), 10.0)
     conf[0] = 1.0
     assert (clean_confidence(torch.stack([floating, far]), conf, apart, K) > 0).all()  # outside of the other frustum
-
-
-@pytest.mark.slow
-def test_cleaning_recall_and_its_price():
-    scene = courtyard360(48)
-    views = [scene.view(camera, supersample=1) for camera in scene.train]
-    g = rng(0)
-    from surefoot.geometry.lm_gaussian.simulated import correlated_noise
-
-    true = torch.stack([v.depth for v in views])
-    depth = true * torch.exp(0.01 * torch.stack([correlated_noise((48, 48), 8, g) for _ in views]))
-    far = true > 5
-    conf = torch.where(
-        far, 1.2 + 1.8 * torch.rand(true.shape, generator=g), 5 + 10 * torch.rand(true.shape, generator=g)
-    )
-    planted = torch.zeros(true.numel(), dtype=torch.bool)
-    planted[torch.randperm(true.numel(), generator=g)[:2000]] = True
-    planted = planted.view(true.shape)
-    depth = torch.where(planted, true * (0.3 + 0.5 * torch.rand(true.shape, generator=g)), depth)
-    conf = torch.where(planted, 1.05 + 0.15 * torch.rand(true.shape, generator=g), conf)
-    w2c, K = torch.stack([c.w2c for c in scene.train]), torch.stack([c.K for c in scene.train])
-    band = clean_confidence(depth, conf, w2c, K)
-    nearest = clean_confidence(depth, conf, w2c, K, 1e-3, rule="nearest")
-    assert (band[planted] == 0).double().mean() > 0.88  # about 7 percent stand in front of no surface of another view
-    assert (band[~planted] == 0).double().mean() <= 0.05
-    assert (nearest[planted] == 0).double().mean() > 0.88
-    assert (nearest[~planted] == 0).double().mean() > 0.2  # the official rule's price
 
 
 def test_the_exported_cloud_shrinks_and_mono_depth_must_not_run_backwards(scene, views):

@@ -35,6 +35,7 @@ from surefoot.geometry.lm_gaussian.priors import (
     all_pairs,
 )
 from surefoot.geometry.lm_gaussian.repair import PatchDenoiserRepair
+from surefoot.geometry.lm_gaussian.stages import Checkpoint
 from surefoot.geometry.lm_gaussian.video import DiffusersVideoPrior
 from surefoot.nn.geometry.cameras import Camera
 from surefoot.nn.geometry.ply import PointCloud
@@ -159,12 +160,13 @@ def first_depths(pairs: Sequence[PairPointmaps], n: int) -> tuple[Tensor, Tensor
 def aligned(
     pairs: Sequence[PairPointmaps], names: Sequence[str], *, mono_depth: Tensor | None = None, K: Tensor | None = None, cleaning: bool = True,
     depth_scope: Literal["unsure", "all"] = "unsure", adaptor: bool = False, steps: int = 500, tol: float = 0.03, seed: int = 0, progress: Callable[[int, int, float], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> MultiView:  # fmt: skip
     """Pairs in one world, as the views that a prior of all photos would give; `K` [3, 3] where known, at the pairs' size; pairs that did not fit are
     named in the notes."""
     height, width = pairs[0].conf_i.shape
     known = None if K is None else K.expand(len(names), 3, 3)
-    fit = align_pointmaps(pairs, mono_depth=mono_depth, K=known, clean_every=50 if cleaning else None, depth_scope=depth_scope, adaptor=adaptor, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress)  # fmt: skip
+    fit = align_pointmaps(pairs, mono_depth=mono_depth, K=known, clean_every=50 if cleaning else None, depth_scope=depth_scope, adaptor=adaptor, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress, checkpoint=checkpoint)  # fmt: skip
     cameras = tuple(Camera(k, w, width, height, name) for k, w, name in zip(fit.K, fit.w2c, names, strict=True))
     notes = fit.notes + tuple(
         f"The pair {names[i]}, {names[j]} did not fit the others and was dropped." for i, j in fit.dropped

@@ -98,7 +98,10 @@ def support(
 def flying_pixels(depths: Tensor, *, jump: float = 0.05) -> Tensor:  # [n, H, W] -> bool [n, H, W]
     """The pixels on both sides of a depth jump, |D(p) - D(q)| > jump min(D) for one of four neighbours: averages of near and far that exist nowhere.
 
-    Jumps that coincide with an edge of the photo go as well: a true silhouette blurs depth just as a false one does.
+    Neither a condition on the photo (only jumps where its gradient is below its 70th percentile) nor an erosion by another pixel goes with it.
+    Measured on the courtyard with simulated alignments, at 48 pixels and a jump of 8 percent: this rule finds 83 percent of the foreground's
+    points that float 10 percent before their surface and takes 13 percent of its true points; the condition alone 65 and 8, since networks'
+    flying pixels lie at silhouettes, where photos are steepest; condition and erosion 87 and 19. The order is the same at 160 pixels.
     """
     ratio = torch.zeros_like(depths)
     for axis in (1, 2):

@@ -24,10 +24,11 @@ from surefoot.geometry.lm_gaussian.backends import (
 from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_views
 from surefoot.geometry.lm_gaussian.priors import MultiView
 from surefoot.geometry.lm_gaussian.settings import Budget, Mode, Progress, Switches
-from surefoot.geometry.lm_gaussian.stages import StageStore
+from surefoot.geometry.lm_gaussian.stages import StageStore, cameras_from_dict, cameras_to_dict, cloud_to_dict, once
 from surefoot.geometry.lm_gaussian.start import check_images
 from surefoot.geometry.lm_gaussian.system import LMGaussianResult, reconstruct
 from surefoot.nn.geometry.cameras import Camera
+from surefoot.nn.geometry.ply import PointCloud
 from surefoot.nn.geometry.rasterizer import rasterize
 
 
@@ -98,9 +99,15 @@ def reconstruct_photos(
     small, large = resize(images, size), resize(images, NETWORK_SIDE)
     height, width = small[0].shape[:2]
     mono = None if backends.depth is None else asked(backends.depth.predict, large, width, height)
-    found, mono, who = _views(
-        images, large, names, mono, (width, height), backends, switches, budget, K, seed, progress
-    )
+    priors = [None if p is None else p.name for p in (backends.stereo, backends.depth)]
+    asked_for = (list(names), size, seed, priors, backends.asked, switches, budget, None if K is None else K.tolist())
+    views = None if folder is None else StageStore.of(folder / "stages", large, *asked_for)
+    found, note, who = once(
+        views, "views", torch.Generator(),
+        lambda: _views(images, large, names, mono, (width, height), backends, switches, budget, K, seed, progress, views),
+        _views_to_dict, _views_from_dict,
+    )  # fmt: skip
+    mono = mono if mono is None or note is None else -mono
     held = list(found.registered[::eval_every]) if eval_every else []
     train = [k for k in found.registered if k not in held]
     if len(train) < 2:
@@ -112,7 +119,7 @@ def reconstruct_photos(
     if backends.normals is not None:
         shown = [large[k] for k in train]
         normals = Answers(asked(backends.normals.predict, shown, width, height), backends.normals.name)
-    priors = (backends.depth, backends.normals, backends.repair, backends.enhance)
+    others = (backends.depth, backends.normals, backends.repair, backends.enhance)
     settings = (
         sorted(names),
         train,
@@ -122,7 +129,7 @@ def reconstruct_photos(
         budget,
         seed,
         who,
-        [None if p is None else p.name for p in priors],
+        [None if p is None else p.name for p in others],
         backends.asked,
         None if K is None else K.tolist(),
         optimize_poses,
@@ -147,9 +154,9 @@ def reconstruct_photos(
 
 def _views(
     images: Sequence[Tensor], large: Sequence[Tensor], names: Sequence[str], mono: Tensor | None, size: tuple[int, int], backends: Backends,
-    switches: Switches, budget: Budget, K: Tensor | None, seed: int, progress: Progress | None,
-) -> tuple[MultiView, Tensor | None, str]:  # fmt: skip
-    """The views at splat size, the mono depths turned the right way, and who found the views."""
+    switches: Switches, budget: Budget, K: Tensor | None, seed: int, progress: Progress | None, stages: StageStore | None,
+) -> tuple[MultiView, str | None, str]:  # fmt: skip
+    """The views at splat size, why the mono depths have to be turned over (None where not), and who found the views."""
     width, height = size
     note = None
 
@@ -167,7 +174,7 @@ def _views(
         if mono is not None:
             mono, note = oriented(mono, *first_depths(pairs, len(images)))
         guide = mono if switches.depth_guidance else None
-        found = aligned(pairs, names, mono_depth=guide, K=intrinsics_at(width, height), cleaning=switches.cleaning, depth_scope=switches.depth_scope, adaptor=switches.adaptor, steps=budget.align_steps, tol=budget.tol, seed=seed, progress=tell("align"))  # fmt: skip
+        found = aligned(pairs, names, mono_depth=guide, K=intrinsics_at(width, height), cleaning=switches.cleaning, depth_scope=switches.depth_scope, adaptor=switches.adaptor, steps=budget.align_steps, tol=budget.tol, seed=seed, progress=tell("align"), checkpoint=None if stages is None else stages.checkpoint("views"))  # fmt: skip
     else:
         if prior is None:
             from surefoot.geometry.lm_gaussian.colmap import ColmapPrior
@@ -179,10 +186,26 @@ def _views(
             found = resized(prior.reconstruct(large, names, K), width, height)  # type: ignore[union-attr]
         if mono is not None and found.depths is not None and found.conf is not None:
             _, note = oriented(mono[list(found.registered)], found.depths, found.conf)
-            mono = mono if note is None else -mono
     if note is not None:
         found = replace(found, notes=(*found.notes, note))
-    return found, mono, prior.name  # type: ignore[union-attr]
+    return found, note, prior.name  # type: ignore[union-attr]
+
+
+def _views_to_dict(views: tuple[MultiView, str | None, str]) -> dict[str, Any]:
+    found, note, who = views
+    rest = {
+        "registered": list(found.registered),
+        "depths": found.depths,
+        "conf": found.conf,
+        "notes": list(found.notes),
+    }
+    return {**cameras_to_dict(found.cameras), **cloud_to_dict(found.cloud), **rest, "note": note, "who": who}
+
+
+def _views_from_dict(saved: dict[str, Any]) -> tuple[MultiView, str | None, str]:
+    cloud = PointCloud(saved["points"], saved["rgb"])
+    found = MultiView(cameras_from_dict(saved), tuple(saved["registered"]), cloud, saved["depths"], saved["conf"], tuple(saved["notes"]))  # fmt: skip
+    return found, saved["note"], saved["who"]
 
 
 def held_out(
