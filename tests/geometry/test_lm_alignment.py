@@ -24,6 +24,7 @@ from surefoot.geometry.lm_gaussian import (
 )
 from surefoot.geometry.lm_gaussian.align_fit import box_of
 from surefoot.geometry.lm_gaussian.align_start import Pairs, place, pnp_pose, spanning_tree
+from surefoot.geometry.lm_gaussian.priors import MonoDepthPrior
 from surefoot.geometry.lm_gaussian.run import reconstruct_photos
 from surefoot.geometry.lm_gaussian.stages import Checkpoint, StageStore
 from surefoot.nn.geometry.alignment import pose_errors
@@ -368,7 +369,7 @@ def test_photos_at_full_size_keep_their_alignment(scene, tmp_path, monkeypatch):
     views = [scene.view(camera, supersample=1) for camera in scene.train]
     mono, budget = OracleMonoPrior(views), Budget(align_steps=30, steps=3, splats=200, virtual_per_gap=1, path_frames=2)
 
-    def run(folder, depth=mono, progress=None):
+    def run(folder, depth: MonoDepthPrior = mono, progress=None):
         priors = Backends(stereo=OracleStereoPrior(views), depth=depth)
         return reconstruct_photos([v.rgb for v in views], list("abcde"), size=SIZE, backends=priors, switches=Switches(repair=False), budget=budget, folder=folder, progress=progress)[0]  # fmt: skip
 
