@@ -24,6 +24,7 @@ from surefoot.core.instrument import Instrument
 from surefoot.core.statistics import mean_interval, wilson_interval
 from surefoot.core.subject import Subject
 from surefoot.core.task import Task
+from surefoot.core.work import affordable, forward_flops
 from surefoot.errors import check, check_at_least, check_open_unit, check_positive
 from surefoot.nn.smoothing import (
     Certificates,
@@ -34,6 +35,7 @@ from surefoot.nn.smoothing import (
     smoothing_radius,
 )
 
+LEAST = 25  # examples certified however large the model
 NOISE_GAP = 0.15  # accuracy lost under noise beyond which we say that the model was not trained for it
 
 
@@ -61,8 +63,9 @@ class CertifiedRadius(Instrument):
         check(len(self.radii) > 0 and min(self.radii) >= 0, f"radii must be zero or positive, got {self.radii!r}.")
 
     def measure(self, subject: Subject, task: Task) -> Finding:
-        count = task.pick(quick=50, standard=150, thorough=500)
+        most = task.pick(quick=50, standard=150, thorough=500)
         n = self.n or task.pick(quick=500, standard=2000, thorough=10_000)
+        count = self._affordable(subject, task, most, n)
         split = task.sample(self.slug, count)
         y = split.labels
         check(len(split) > 0, "There are no test examples to certify.")
@@ -95,12 +98,20 @@ class CertifiedRadius(Instrument):
             parts=parts,
             pictures=(_curve(found, y, sigma),),
             fix=self.fix,
-            warnings=self._warnings(found, y, clean, sigma, cap, n),
+            warnings=(*self._warnings(found, y, clean, sigma, cap, n), *_fewer(len(y), min(most, len(task.test)))),
             details={
                 "sigma": sigma, "n": n, "n0": self.n0, "alpha": self.alpha, "votes": votes,
                 "abstained": int(found.abstained.sum()), "clean_accuracy": clean,
             },
         )  # fmt: skip
+
+    def _affordable(self, subject: Subject, task: Task, most: int, n: int) -> int:
+        """The examples that the budget's floating-point operations pay for, so that a large model is certified on fewer."""
+        if not len(task.test):
+            return most
+        like = next((p for p in subject.model.parameters() if p.is_floating_point()), task.test.x)
+        each = (n + self.n0) * forward_flops(subject.model, task.test.x[:1].to(like.device, like.dtype))
+        return affordable(most, LEAST, each, task.pick(quick=2e11, standard=2e12, thorough=1e14))
 
     def _certificates(
         self, subject: Subject, x: Tensor, n: int, generator: torch.Generator
@@ -151,6 +162,12 @@ class CertifiedRadius(Instrument):
                 f"Most radii stand at the largest value that {n} draws can show ({cap:.3f}): more draws would show more."
             )
         return tuple(warnings)
+
+
+def _fewer(count: int, most: int) -> tuple[str, ...]:
+    if count >= most:
+        return ()
+    return (f"A model of this size is certified on {count} examples within the budget, in place of {most}; the interval says what that costs.",)  # fmt: skip
 
 
 def _positive(cap: Tensor) -> float:

@@ -18,10 +18,12 @@ from surefoot.core.instrument import Instrument
 from surefoot.core.statistics import mean_interval, wilson_interval
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
+from surefoot.core.work import affordable, forward_flops
 from surefoot.errors import check, check_at_least, check_positive
 
 HOLDOUT = 0.36  # share of the validation split that fits PTT, as 200 of 550
 STEPS, EOT = 20, 8  # of the attack
+LEAST = 25  # test examples however large the model
 
 
 @dataclass
@@ -57,13 +59,14 @@ class RobustSets(Instrument):
         return reason
 
     def measure(self, subject: Subject, task: Task) -> Finding:
-        test = task.sample(self.slug, task.pick(quick=50, standard=150, thorough=500))
+        most = task.pick(quick=50, standard=150, thorough=500)
+        draws = self.num_samples or task.pick(quick=64, standard=256, thorough=256)
         held, calibration = self._calibration(task)
+        test = task.sample(self.slug, self._affordable(subject, task, most, draws, len(calibration)))
         for split in (held, calibration, test):
             _check_split(split, subject)
         like = next((p for p in subject.model.parameters() if p.is_floating_point()), test.x)
         held, calibration, test = (Split(s.x.to(like.device, like.dtype), s.labels) for s in (held, calibration, test))
-        draws = self.num_samples or task.pick(quick=64, standard=256, thorough=256)
         g = task.generator(self.slug, test.x.device)
         robust = RobustConformalClassifier(
             subject.model, sigma=self.sigma, eps=self.eps, alpha=self.alpha, beta=self.beta, num_samples=draws, bound="hoeffding"
@@ -92,12 +95,21 @@ class RobustSets(Instrument):
                 _coverage("coverage of ordinary conformal sets under attack", naive),
             ),
             pictures=(_histogram(clean.sizes, subject.num_classes),),
-            warnings=self._warnings(clean, robust, len(calibration)),
+            warnings=(*self._warnings(clean, robust, len(calibration)), *_fewer(len(test), min(most, len(task.test)))),
             details={
                 "eps": self.eps, "sigma": self.sigma, "alpha": self.alpha, "beta": self.beta, "draws": draws,
                 "holdout": len(held), "calibration": len(calibration), "threshold": min(robust.threshold_ or 0.0, 1.0), "full": clean.full,
             },
         )  # fmt: skip
+
+    def _affordable(self, subject: Subject, task: Task, most: int, draws: int, calibration: int) -> int:
+        """The test examples that the budget's floating-point operations pay for once the calibration, which is never cut, is paid."""
+        if not len(task.test):
+            return most
+        like = next((p for p in subject.model.parameters() if p.is_floating_point()), task.test.x)
+        one = forward_flops(subject.model, task.test.x[:1].to(like.device, like.dtype))
+        left = task.pick(quick=4e11, standard=3e12, thorough=1e14) - calibration * draws * one
+        return affordable(most, LEAST, (2 * draws + 3 * STEPS * (EOT + 1)) * one, left)
 
     def _calibration(self, task: Task) -> tuple[Split, Split]:
         """PTT's holdout and the calibration set: disjoint random parts of the validation split."""
@@ -124,6 +136,12 @@ class RobustSets(Instrument):
                 "the classes apart. It was probably not trained with noise.",
             )
         return ()
+
+
+def _fewer(count: int, most: int) -> tuple[str, ...]:
+    if count >= most:
+        return ()
+    return (f"A model of this size is tested on {count} examples within the budget, in place of {most}; the interval says what that costs.",)  # fmt: skip
 
 
 def _check_split(split: Split, subject: Subject) -> None:
