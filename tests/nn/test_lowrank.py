@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, Refused, UnsupportedOp
 from surefoot.models.networks import mlp, small_cnn
+from surefoot.nn.fingerprint import fingerprint
 from surefoot.nn.lowrank import (
     Adapter,
     LowRank,
@@ -19,12 +20,10 @@ from surefoot.nn.lowrank import (
     adapters,
     attach_,
     detach_,
-    fingerprint,
     match_layers,
-    randomized_svd,
-    truncate,
 )
 from surefoot.nn.lowrank_io import load_adapter_, save_adapter
+from surefoot.nn.randomized_svd import randomized_svd, truncate
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -5,29 +5,28 @@ A layer with weight `W [m, n]` becomes `x W_base^T + s (x A^T) B^T + b` with `A 
 m x (c k_h k_w): its adapter is a convolution to r channels, then a 1x1 convolution.
 
 An adapter on a residual belongs to the *changed* base; what it changed since is `s (B A - B0 A0) = s [B, -B0] [A; A0]`, a plain LoRA of
-rank 2r on the original one (`Adapter.update`, and `truncate` for a smaller rank). Files: `surefoot.nn.lowrank_io`.
+rank 2r on the original one (`Adapter.update`; `truncate` of `surefoot.nn.randomized_svd` for a smaller rank). Files:
+`surefoot.nn.lowrank_io`.
 
-Sources: Hu et al., LoRA, arXiv 2106.09685; Musco, Musco, arXiv 1504.05477 (randomized block Krylov SVD); Chen, Epperly, Meyer,
-Musco, Rao, arXiv 2508.06486 (blocks narrower than the rank need no more products).
+Source: Hu et al., LoRA, arXiv 2106.09685.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
-from surefoot.errors import InvalidInput, Refused, UnsupportedOp, check, check_at_least
+from surefoot.errors import InvalidInput, Refused, UnsupportedOp, check
+from surefoot.nn.fingerprint import fingerprint
+from surefoot.nn.randomized_svd import all_finite
 
 M = TypeVar("M", bound=nn.Module)
 Kind = Literal["linear", "conv1d", "conv2d"]
@@ -49,97 +48,6 @@ class LowRank:
 
     def delta(self) -> Tensor:  # [m, n]
         return self.scaling * (self.B @ self.A)
-
-
-# --- numerics ---------------------------------------------------------------------------------------------------------
-
-
-def randomized_svd(
-    weight: Tensor,  # [m, n]
-    rank: int,
-    *,
-    niter: int | None = 4,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # U [m, r], S [r], V^T [r, n]
-    """The leading singular triplets. `niter=None` is the exact SVD; so is any `niter` where the search space would not be thin.
-
-    Rayleigh-Ritz on a block Krylov space: blocks W^T G, (W^T W) W^T G, ... of a Gaussian G with max(16, rank / 8) rows, until
-    rank (1 + niter / 4) + 24 columns are there. All powers are kept, so niter = 2 leaves no more than four power iterations of a sketch
-    of `rank` columns do on decaying spectra, and less work does it; niter = 4 is within 1 % of the optimal Frobenius error on 1/i
-    spectra, and on Gaussian matrices, which have no principal part. Without a generator G is the same every time.
-    """
-    m, n = weight.shape
-    check(1 <= rank <= min(m, n), f"rank must be between 1 and {min(m, n)} for a {m} x {n} weight, got {rank}.")
-    check_at_least("niter", 0 if niter is None else niter, 0)
-    width = 0 if niter is None else rank + rank * niter // 4 + 24
-    if niter is None or 2 * width > min(m, n):
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank]
-    tall = weight if m >= n else weight.mT
-    generator = generator or torch.Generator(weight.device).manual_seed(0)
-    z, p = _krylov_space(tall, width, max(16, -(-rank // 8)), generator)
-    reflectors, tau = torch.geqrf(p.mT)
-    u, s, vh = torch.linalg.svd(reflectors[: len(p)].triu())
-    padded = p.new_zeros(rank, p.shape[1]).mT
-    padded[: len(p)] = u[:, :rank]
-    left, right = torch.ormqr(reflectors, tau, padded), vh[:rank] @ z
-    return (left, s[:rank], right) if m >= n else (right.mT, s[:rank], left.mT)
-
-
-def _krylov_space(
-    weight: Tensor,  # [m, n]
-    width: int,
-    block: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:  # Z [c, n] with orthonormal rows, Z W^T [c, m], c >= width
-    """Orthogonalised twice, as Lanczos must be: against the two blocks before, which hold all but rounding, then against every one."""
-    (m, n), steps = weight.shape, -(-width // block)
-    z, p = weight.new_empty(steps * block, n), weight.new_empty(steps * block, m)
-    # A band of rows that stays in the cache is read once for both products with it.
-    bands = [slice(i, i + 512) for i in range(0, m, 512)] if weight.device.type == "cpu" else [slice(0, m)]
-
-    def draw(rows: int, columns: int) -> Tensor:
-        noise = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=weight.dtype)
-        return noise.to(weight.device)
-
-    new = torch.linalg.qr((draw(block, m) @ weight).mT).Q.mT
-    for end in range(block, steps * block + 1, block):
-        z[end - block : end] = new
-        image, y = p[end - block : end], torch.zeros_like(new, memory_format=torch.contiguous_format)
-        for band in bands:
-            part = new @ weight[band].mT
-            image[:, band] = part
-            if end < len(z):
-                y.addmm_(part, weight[band])
-        if end == len(z):
-            break
-        near, size = z[max(0, end - 2 * block) : end], y.norm()
-        q, r = torch.linalg.qr(y.addmm_(y @ near.mT, near, alpha=-1).mT)
-        new = q.mT
-        spent = r.diagonal().abs() <= 8 * torch.finfo(y.dtype).eps * size
-        if bool(spent.any()):  # the space is closed under W^T W (low rank, repeated values): go on from new directions
-            new[spent] = draw(int(spent.sum()), n)
-        new = torch.linalg.qr(torch.addmm(new, new @ z[:end].mT, z[:end], alpha=-1).mT).Q.mT
-    return z, p
-
-
-def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-`rank` approximation of `B A`, balanced, and the singular values left out (the first is the spectral error).
-
-    Thin QR of both factors and an SVD of their small core: the m x n product is never formed.
-    """
-    check(1 <= rank <= A.shape[0], f"rank must be between 1 and {A.shape[0]}, the rank of the factors, got {rank}.")
-    q_b, r_b = torch.linalg.qr(B)
-    q_a, r_a = torch.linalg.qr(A.mT)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    return root[:, None] * (vh[:kept] @ q_a.mT), (q_b @ u[:, :kept]) * root, s[kept:]
-
-
-def all_finite(weight: Tensor) -> bool:
-    """One pass over a non-empty tensor: NaN and infinity show in its extremes."""
-    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -170,28 +78,6 @@ def weight_matrix(layer: nn.Module) -> Tensor:  # [m, n]
     assert kind is not None
     weight = to_matrix(kind, layer.weight.detach())  # type: ignore[arg-type,operator]
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def fingerprint(layer: nn.Module) -> str:
-    """A hash of a layer's weight: dtype, shape and every byte.
-
-    SHA-256 of the words sum_j c_j w_ij mod 2^64 over rows of 1024 words, c_j odd and fixed: a row with one word changed never keeps
-    its sum, another row does with probability 2^-64 or so. It tells bases apart; it is no proof against a forger.
-    """
-    weight: Tensor = layer.weight.detach().cpu().contiguous()  # type: ignore[operator,assignment]
-    octets = weight.reshape(-1).view(torch.uint8)
-    words = F.pad(octets, (0, -octets.numel() % 8192)) if octets.numel() % 8192 else octets
-    digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
-    for rows in words.view(torch.int64).view(-1, 1024).split(64):  # half a megabyte each: it stays in the cache
-        digest.update((rows * _odd_words()).sum(1).numpy().data)
-    return digest.hexdigest()[:32]
-
-
-@cache
-def _odd_words() -> Tensor:  # [1024] int64
-    """The multipliers of `fingerprint`: the same on every machine, so made without a random generator."""
-    words = hashlib.shake_256(b"surefoot fingerprint").digest(8192)
-    return torch.from_numpy(np.frombuffer(words, "<i8").astype(np.int64)) | 1
 
 
 class Adapter(nn.Module):

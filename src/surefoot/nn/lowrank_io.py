@@ -19,21 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, Refused, check
+from surefoot.nn.fingerprint import fingerprint
 from surefoot.nn.lowrank import (
     Adapter,
     LowRank,
     adapters,
     attach_,
     check_base,
-    fingerprint,
     from_matrix,
     layer_kind,
-    randomized_svd,
     replace_layer,
     to_matrix,
-    truncate,
     weight_matrix,
 )
+from surefoot.nn.randomized_svd import randomized_svd, truncate
 
 M = TypeVar("M", bound=nn.Module)
 

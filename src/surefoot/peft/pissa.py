@@ -40,15 +40,14 @@ from surefoot.core.treatment import Treatment
 from surefoot.errors import InvalidInput, MissingExtra, check, check_at_least, check_positive
 from surefoot.nn.lowrank import (
     LowRank,
-    all_finite,
     attach_,
     detach_,
     layer_kind,
     match_layers,
-    randomized_svd,
     to_matrix,
 )
 from surefoot.nn.lowrank_io import from_peft, load_adapter_, save_adapter, start_peft_, to_peft
+from surefoot.nn.randomized_svd import all_finite, randomized_svd
 
 if TYPE_CHECKING:
     import peft

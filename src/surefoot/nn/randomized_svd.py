@@ -1,0 +1,100 @@
+"""The leading singular triplets of a large matrix, and the best low-rank form of a product of two thin ones.
+
+Sources: Musco, Musco, arXiv 1504.05477 (randomized block Krylov SVD); Chen, Epperly, Meyer, Musco, Rao, arXiv 2508.06486 (blocks
+narrower than the rank need no more products).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surefoot.errors import check, check_at_least
+
+
+def randomized_svd(
+    weight: Tensor,  # [m, n]
+    rank: int,
+    *,
+    niter: int | None = 4,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # U [m, r], S [r], V^T [r, n]
+    """The leading singular triplets. `niter=None` is the exact SVD; so is any `niter` where the search space would not be thin.
+
+    Rayleigh-Ritz on a block Krylov space: blocks W^T G, (W^T W) W^T G, ... of a Gaussian G with max(16, rank / 8) rows, until
+    rank (1 + niter / 4) + 24 columns are there. All powers are kept, so niter = 2 leaves no more than four power iterations of a sketch
+    of `rank` columns do on decaying spectra, and less work does it; niter = 4 is within 1 % of the optimal Frobenius error on 1/i
+    spectra, and on Gaussian matrices, which have no principal part. Without a generator G is the same every time.
+    """
+    m, n = weight.shape
+    check(1 <= rank <= min(m, n), f"rank must be between 1 and {min(m, n)} for a {m} x {n} weight, got {rank}.")
+    check_at_least("niter", 0 if niter is None else niter, 0)
+    width = 0 if niter is None else rank + rank * niter // 4 + 24
+    if niter is None or 2 * width > min(m, n):
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    tall = weight if m >= n else weight.mT
+    generator = generator or torch.Generator(weight.device).manual_seed(0)
+    z, p = _krylov_space(tall, width, max(16, -(-rank // 8)), generator)
+    reflectors, tau = torch.geqrf(p.mT)
+    u, s, vh = torch.linalg.svd(reflectors[: len(p)].triu())
+    padded = p.new_zeros(rank, p.shape[1]).mT
+    padded[: len(p)] = u[:, :rank]
+    left, right = torch.ormqr(reflectors, tau, padded), vh[:rank] @ z
+    return (left, s[:rank], right) if m >= n else (right.mT, s[:rank], left.mT)
+
+
+def _krylov_space(
+    weight: Tensor,  # [m, n]
+    width: int,
+    block: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # Z [c, n] with orthonormal rows, Z W^T [c, m], c >= width
+    """Orthogonalised twice, as Lanczos must be: against the two blocks before, which hold all but rounding, then against every one."""
+    (m, n), steps = weight.shape, -(-width // block)
+    z, p = weight.new_empty(steps * block, n), weight.new_empty(steps * block, m)
+    # A band of rows that stays in the cache is read once for both products with it.
+    bands = [slice(i, i + 512) for i in range(0, m, 512)] if weight.device.type == "cpu" else [slice(0, m)]
+
+    def draw(rows: int, columns: int) -> Tensor:
+        noise = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=weight.dtype)
+        return noise.to(weight.device)
+
+    new = torch.linalg.qr((draw(block, m) @ weight).mT).Q.mT
+    for end in range(block, steps * block + 1, block):
+        z[end - block : end] = new
+        image, y = p[end - block : end], torch.zeros_like(new, memory_format=torch.contiguous_format)
+        for band in bands:
+            part = new @ weight[band].mT
+            image[:, band] = part
+            if end < len(z):
+                y.addmm_(part, weight[band])
+        if end == len(z):
+            break
+        near, size = z[max(0, end - 2 * block) : end], y.norm()
+        q, r = torch.linalg.qr(y.addmm_(y @ near.mT, near, alpha=-1).mT)
+        new = q.mT
+        spent = r.diagonal().abs() <= 8 * torch.finfo(y.dtype).eps * size
+        if bool(spent.any()):  # the space is closed under W^T W (low rank, repeated values): go on from new directions
+            new[spent] = draw(int(spent.sum()), n)
+        new = torch.linalg.qr(torch.addmm(new, new @ z[:end].mT, z[:end], alpha=-1).mT).Q.mT
+    return z, p
+
+
+def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-`rank` approximation of `B A`, balanced, and the singular values left out (the first is the spectral error).
+
+    Thin QR of both factors and an SVD of their small core: the m x n product is never formed.
+    """
+    check(1 <= rank <= A.shape[0], f"rank must be between 1 and {A.shape[0]}, the rank of the factors, got {rank}.")
+    q_b, r_b = torch.linalg.qr(B)
+    q_a, r_a = torch.linalg.qr(A.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    kept = min(rank, len(s))
+    root = s[:kept].sqrt()
+    return root[:, None] * (vh[:kept] @ q_a.mT), (q_b @ u[:, :kept]) * root, s[kept:]
+
+
+def all_finite(weight: Tensor) -> bool:
+    """One pass over a non-empty tensor: NaN and infinity show in its extremes."""
+    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
