@@ -45,7 +45,7 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def subject(size: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+def subject(size: int, n: int, epochs: int) -> tuple[nn.Module, Tensor, Tensor]:
     task = digits(0, sizes=(1000, 197, 600), image_size=size)
 
     def build() -> nn.Module:
@@ -54,7 +54,7 @@ def subject(size: int, n: int) -> tuple[nn.Module, Tensor, Tensor]:
         return model
 
     model = seeded_build(build, task.generator("model"))
-    run = fit(model, task, Training(epochs=20, batch_size=64, lr=4e-3), (AdversarialTraining(),))
+    run = fit(model, task, Training(epochs=epochs, batch_size=64, lr=4e-3), (AdversarialTraining(),))
     x, y = task.test.x, task.test.labels
     with torch.no_grad():
         accuracy = (run.model(x).argmax(1) == y).double().mean().item()
@@ -95,7 +95,7 @@ def _foolbox(model: nn.Module, x: Tensor, y: Tensor) -> Attack | None:
 
 
 def compare(size: int, n: int) -> list[dict]:
-    model, x, y = subject(size, n)
+    model, x, y = subject(size, n, 20 if size == 8 else 8)
     peer, name = _peer("torchattacks"), f"{n} digits {size}x{size}"
 
     def theirs(kind: str, most: int = n, **settings) -> Attack | None:
@@ -124,7 +124,7 @@ def compare(size: int, n: int) -> list[dict]:
         row(f"FAB 5, {name}", own_fab, "torchattacks", theirs("FAB", steps=5, n_classes=10), model, y),
     ]  # fmt: skip
     if size == 8:
-        few = 50
+        few = 32
         parts = {"APGD": {"steps": 10}, "APGDT": {"steps": 10, "n_classes": 10}, "FAB": {"steps": 10, "multi_targeted": True, "n_classes": 10}, "Square": {"n_queries": 300}}  # fmt: skip
         cascade = None if peer is None else peer.MultiAttack([getattr(peer, k)(model, eps=EPS, **v) for k, v in parts.items()])  # fmt: skip
         own_suite = lambda: standard_suite(model, x[:few], y[:few], steps=10, queries=300, **suite()).x  # noqa: E731
@@ -142,7 +142,7 @@ def rows() -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return compare(8, 200) + compare(28, 50)
+        return compare(8, 200) + compare(28, 32)
     finally:
         torch.set_num_threads(threads)
 
