@@ -14,8 +14,9 @@ from surefoot.certified.dual_smoothing import DualSmoothedClassifier
 from surefoot.core.contracts import check_instrument
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
+from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput
-from surefoot.models.networks import small_cnn
+from surefoot.models.networks import mlp, seeded_build, small_cnn
 
 
 class Bright(nn.Module):
@@ -171,3 +172,20 @@ def test_bad_input_is_one_sentence():
         CertifiedRadius().measure(subject, labels)
     unlabelled = task.changed(test=Split(task.test.x))
     assert CertifiedRadius().unfit(subject, unlabelled) is not None
+
+
+def test_a_large_model_is_certified_on_fewer_examples_and_says_so(monkeypatch):
+    import surefoot.certified.certified_radius as module
+
+    task = digits(0, sizes=(100, 50, 200)).changed(budget="quick")
+    model = seeded_build(lambda: mlp((1, 8, 8), 10, hidden=(8,)), torch.Generator().manual_seed(0))
+    subject = Subject(model, "mlp", "image", (1, 8, 8), 10)
+    small = CertifiedRadius(n=20, n0=5).measure(subject, task)
+    assert small.n == 50
+    monkeypatch.setattr(
+        module, "forward_flops", lambda *_: 2e11 / 25 / 30
+    )  # the budget pays for 30 examples of 25 draws
+    large = CertifiedRadius(n=20, n0=5).measure(subject, task)
+    assert large.n == 30
+    assert any("30 examples" in w and "in place of 50" in w for w in large.warnings)
+    assert not any("in place of" in w for w in small.warnings)
