@@ -20,7 +20,7 @@ from PIL import Image
 
 IMAGES = Path(__file__).parent / "images"
 COUNT, COLUMNS = 9, 8
-COMMAND = ("--mode", "forward", "--size", "160", "--steps", "500", "--splats", "9000")  # fmt: skip
+COMMAND = ("--mode", "forward", "--size", "160", "--steps", "2500", "--splats", "14000", "--repair", "none")
 
 
 def main() -> None:

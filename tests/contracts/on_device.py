@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -47,6 +49,40 @@ def worlds() -> dict[str, tuple[Task, nn.Module]]:
     }
 
 
+def reconstruction(device: torch.device) -> None:
+    """LM-Gaussian from photos on the device, priors answering on the CPU, and every file of it."""
+    from surefoot.datasets.scenes import courtyard360
+    from surefoot.geometry.lm_gaussian import (
+        Budget,
+        OracleMonoPrior,
+        OracleStereoPrior,
+        PatchDenoiserRepair,
+        Switches,
+        TemporalFilterEnhance,
+        reconstruct,
+        refine_pose,
+    )
+    from surefoot.geometry.lm_gaussian.outputs import save_result
+    from surefoot.nn.geometry.camera_files import save_llff, save_nerfstudio
+
+    scene = courtyard360(24, train=4)
+    views = [scene.view(camera, supersample=1) for camera in scene.train]
+    budget = Budget(align_steps=6, steps=10, refine_steps=6, splats=200, virtual_per_gap=2, path_frames=3, keep_early=2)
+    repair = PatchDenoiserRepair(fit_steps=3, batch=4, widths=(8, 8, 8))
+    for generator in (torch.Generator(), torch.Generator(device)):
+        result = reconstruct(
+            [v.rgb.to(device) for v in views], stereo_prior=OracleStereoPrior(views), depth_prior=OracleMonoPrior(views), repair_prior=repair,
+            video_prior=TemporalFilterEnhance(repair), switches=Switches(rounds=1), budget=budget, generator=generator.manual_seed(0),
+        )  # fmt: skip
+    camera = refine_pose(result.scene, result.cameras[0], views[0].rgb.to(device), steps=2)
+    with tempfile.TemporaryDirectory() as folder:
+        save_result(result, Path(folder), repair=repair)
+        save_nerfstudio(Path(folder) / "transforms.json", [camera])
+        save_llff(Path(folder) / "poses_bounds.npy", [camera], torch.ones(1, 2))
+    if result.scene.means.device != device:
+        raise AssertionError(f"the splats are on {result.scene.means.device}")
+
+
 def complaint(call: Callable[[], None]) -> str | None:
     try:
         call()
@@ -73,6 +109,7 @@ def main() -> None:
             found[f"instrument {entry.slug}"] = complaint(
                 lambda s=entry.slug, t=task, m=subject: contracts.measures_on(device, catalog.make_instrument(s), m, t)
             )
+        found["reconstruct"] = complaint(lambda: reconstruction(device))
     sys.stdout.write(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # PyTorch's thread for the second device may abort an ordinary exit

@@ -13,7 +13,11 @@ import torch
 
 from surefoot import catalog
 
-NAMES = [m.slug for m in catalog.methods() if m.treatment] + [f"instrument {i.slug}" for i in catalog.instruments()]
+NAMES = (
+    [m.slug for m in catalog.methods() if m.treatment]
+    + [f"instrument {i.slug}" for i in catalog.instruments()]
+    + ["reconstruct"]
+)
 
 
 @cache

@@ -187,7 +187,7 @@ def reconstruct(
     repair: Annotated[str, typer.Option(help="Who repairs virtual views: patch, none, diffusers:PATH.", rich_help_panel=LARGE)] = "patch",
     enhance: Annotated[str, typer.Option(help="Who enhances the video: temporal, none, diffusers:PATH.", rich_help_panel=LARGE)] = "temporal",
     prompt: Annotated[str | None, typer.Option(help="One sentence on the place, for --repair diffusers:PATH.", rich_help_panel=LARGE)] = None,
-    device: Annotated[str, typer.Option(help="Where models given by PATH run: cpu, cuda, ...", rich_help_panel=LARGE)] = "cpu",
+    device: Annotated[str, typer.Option(help="Where splats are trained and models given by PATH run: cpu, cuda, ...", rich_help_panel=LARGE)] = "cpu",
     trust: Annotated[bool, typer.Option("--trust", help="Unpickle a network that comes as a pickle.", rich_help_panel=LARGE)] = False,
     size: Annotated[int, typer.Option(help="Longer side of the pictures that train the splats.", rich_help_panel=LENGTH)] = 96,
     steps: Annotated[int | None, typer.Option(help="Training steps in all (default 500); every schedule and rate goes with them.", rich_help_panel=LENGTH)] = None,

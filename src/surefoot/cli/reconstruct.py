@@ -109,7 +109,8 @@ def run_reconstruct(
         )
         result, held, small = reconstruct_photos(
             found.images, found.names, size=size, mode=mode, eval_every=eval_every,  # type: ignore[arg-type]
-            backends=chosen, switches=switches, budget=budget, K=K, optimize_poses=method["optimize_poses"], seed=seed, folder=out, progress=tell,
+            backends=chosen, switches=switches, budget=budget, K=K, optimize_poses=method["optimize_poses"], seed=seed, device=named["device"], folder=out,
+            progress=tell,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     result.report["seed"] = seed

@@ -26,7 +26,7 @@ def smooth_path(cameras: Sequence[Camera], frames: int = 60, *, closed: bool = F
         raise InvalidInput(f"A path needs at least two cameras, got {len(cameras)}.")
     check_at_least("frames", frames, 2)
     closed = closed and len(cameras) > 2
-    stops = [*cameras, cameras[0]] if closed else list(cameras)
+    stops, home = [c.to("cpu") for c in ([*cameras, cameras[0]] if closed else cameras)], cameras[0].K.device
     centres = torch.stack([c.centre for c in stops]).double()
     steps = (centres[1:] - centres[:-1]).norm(dim=1).clamp_min(1e-9)
     knots = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
@@ -40,7 +40,7 @@ def smooth_path(cameras: Sequence[Camera], frames: int = 60, *, closed: bool = F
         centre = torch.from_numpy(spline(at))
         K = torch.lerp(stops[leg].K, stops[leg + 1].K, t)
         w2c = rigid(rotation, -(rotation @ centre)).to(K)
-        path.append(Camera(K, w2c, cameras[0].width, cameras[0].height, f"frame_{k:04d}"))
+        path.append(Camera(K, w2c, cameras[0].width, cameras[0].height, f"frame_{k:04d}").to(home))
     return path
 
 

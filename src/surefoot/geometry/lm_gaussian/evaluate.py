@@ -78,7 +78,7 @@ def refine_pose(
     """The pose near `camera` under which the frozen scene looks most like `image`; photometric L2 on an se(3) increment, Adam."""
     check_at_least("steps", steps, 0)
     splats = type(scene.splats())(*(t.detach() for t in scene.splats()))
-    twist = torch.zeros(6, dtype=camera.w2c.dtype, requires_grad=True)
+    twist = torch.zeros(6, dtype=camera.w2c.dtype, device=camera.w2c.device, requires_grad=True)
     optimizer = torch.optim.Adam([twist], lr)
     best, best_loss = camera, float("inf")
     for step in range(steps + 1):

@@ -6,7 +6,7 @@ Nothing here chooses a backend silently: `reconstruct` is given the priors, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,6 +47,9 @@ class PairPointmaps(NamedTuple):
             raise InvalidInput(f"The stereo prior puts {behind:.0%} of photo {self.i} behind its own camera in the pair ({self.i}, {self.j}); both maps must be in the frame of camera i, z forward.")  # fmt: skip
         return self
 
+    def to(self, device: torch.device) -> PairPointmaps:
+        return self._replace(**{k: t.to(device) for k, t in self._asdict().items() if isinstance(t, Tensor)})
+
 
 class StereoPrior(Protocol):
     """Pointmaps of two photos, DUSt3R-like."""
@@ -67,6 +70,15 @@ class MultiView:
     depths: Tensor | None = None  # [V, H, W], z in each registered camera, 0 where unknown
     conf: Tensor | None = None  # [V, H, W], above 1
     notes: tuple[str, ...] = ()  # warnings a reader must see: unregistered photos, loose settings, poor residuals
+
+    def to(self, device: torch.device) -> MultiView:
+        return replace(
+            self,
+            cameras=tuple(c.to(device) for c in self.cameras),
+            cloud=PointCloud(self.cloud.points.to(device), self.cloud.rgb.to(device)),
+            depths=None if self.depths is None else self.depths.to(device),
+            conf=None if self.conf is None else self.conf.to(device),
+        )
 
 
 class MultiViewPrior(Protocol):

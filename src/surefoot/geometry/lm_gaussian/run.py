@@ -81,6 +81,7 @@ def reconstruct_photos(
     K: Tensor | None = None,  # [3, 3]: known intrinsics of the one camera, at the photos' size
     optimize_poses: bool = False,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[
@@ -89,7 +90,7 @@ def reconstruct_photos(
     """Poses, depths and normals from the photos as large as the backends want them, splats at `size` pixels on the longer side.
 
     `eval_every=k` holds every k-th registered photo out of training: it finds its place with the others, and gives no point. With `folder` finished
-    stages are kept there. Raises `InvalidInput` where too few photos find their place.
+    stages are kept there. Splats are trained on `device`. Raises `InvalidInput` where too few photos find their place.
     """
     from surefoot.geometry.lm_gaussian.photos import resize
 
@@ -113,7 +114,7 @@ def reconstruct_photos(
     if len(train) < 2:
         raise InvalidInput(f"{len(found.registered)} photos found their place and {len(held)} of them are held out; give more photos or a larger --eval-every.")  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    chosen = [small[k] for k in train]
+    chosen = [small[k].to(device) for k in train]
     depth = None if mono is None or backends.depth is None else Answers(mono[train], backends.depth.name)
     normals = None
     if backends.normals is not None:
@@ -144,7 +145,7 @@ def reconstruct_photos(
         result.report["intrinsics"] = K.tolist()
     result.report["unregistered"] = [names[k] for k in range(len(names)) if k not in found.registered]
     cameras = [found.cameras[found.registered.index(k)] for k in held]
-    kept_out = cameras, [small[k] for k in held], [names[k] for k in held]
+    kept_out = cameras, [small[k].to(device) for k in held], [names[k] for k in held]
     scored = held_out(result, *kept_out)
     if scored is not None and result.undistilled is not None:
         before = held_out(replace(result, scene=result.undistilled), *kept_out)
@@ -216,11 +217,11 @@ def held_out(
         return None
     check(len(cameras) == len(photos) == len(names), "cameras, photos and names must be equally many.")
     images = torch.stack(list(photos))
-    fitted = [refine_pose(result.scene, c.to(images.dtype), image) for c, image in zip(cameras, images, strict=True)]
+    fitted = [refine_pose(result.scene, c.to(images), image) for c, image in zip(cameras, images, strict=True)]
     perceptual = perceptual_distance()
     distance = None if perceptual is None else perceptual[1]
     mapped, refined = (
-        score_views(result.scene, [c.to(images.dtype) for c in views], images, distance=distance)
+        score_views(result.scene, [c.to(images) for c in views], images, distance=distance)
         for views in (cameras, fitted)
     )
     with torch.no_grad():

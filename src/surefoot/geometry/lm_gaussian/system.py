@@ -171,7 +171,7 @@ def reconstruct(
     run = _Run(mode, switches, budget, generator, progress, stages)
     start = run.once("start", lambda: start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress, checkpoint=run.kept("start")), start_to_dict, start_from_dict)  # fmt: skip
     photos = torch.stack([images[k] for k in start.registered])
-    mono, normals = (None if p is None else torch.stack([p.predict(k, images[k]) for k in start.registered]) for p in (depth_prior, normal_prior))  # fmt: skip
+    mono, normals = (None if p is None else torch.stack([p.predict(k, images[k]).to(photos) for k in start.registered]) for p in (depth_prior, normal_prior))  # fmt: skip
     scene, course = run.train(start, photos, mono, normals, optimize_poses)
     start, history = replace(start, cameras=course.cameras or start.cameras), list(course.history)
     if repair_prior is not None:

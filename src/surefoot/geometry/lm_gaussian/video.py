@@ -110,7 +110,7 @@ class DiffusersVideoPrior:
     def _clip(self, x: Tensor, strength: float, seed: int) -> Tensor:  # [F, 3, H, W]
         from PIL import Image
 
-        pictures = [Image.fromarray(f) for f in (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()]
+        pictures = [Image.fromarray(f) for f in (x.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()]
         found = self.pipeline_(
             video=pictures, prompt=self.prompt, height=x.shape[2], width=x.shape[3], strength=strength, num_inference_steps=self.steps,
             guidance_scale=self.guidance, generator=torch.Generator().manual_seed(seed), output_type="pt",

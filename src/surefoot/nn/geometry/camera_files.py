@@ -166,7 +166,7 @@ def save_nerfstudio(path: str | Path, cameras: Sequence[Camera], *, ply_file: st
     """A transforms.json with per-frame intrinsics and camera-to-world poses in OpenGL axes."""
     frames = []
     for index, camera in enumerate(cameras):
-        K, pose = camera.K.double(), invert_rigid(camera.w2c.double()) @ FLIP
+        K, pose = camera.K.cpu().double(), invert_rigid(camera.w2c.cpu().double()) @ FLIP
         frames.append(
             {
                 "file_path": camera.name or f"{index:05d}.png",
@@ -211,8 +211,8 @@ def load_nerfstudio(path: str | Path) -> list[Camera]:
 def save_llff(path: str | Path, cameras: Sequence[Camera], near_far: Tensor) -> None:  # [N, 2]
     """poses_bounds.npy: 3 x 5 [R | t | (h, w, f)] with columns down, right, back, and the near and far bounds."""
     rows = []
-    for camera, bounds in zip(cameras, near_far.double(), strict=True):
-        c2w = invert_rigid(camera.w2c.double())
+    for camera, bounds in zip(cameras, near_far.cpu().double(), strict=True):
+        c2w = invert_rigid(camera.w2c.cpu().double())
         right, down, forward, centre = c2w[:3, :4].unbind(1)
         size = torch.tensor([camera.height, camera.width, float(camera.K[0, 0])], dtype=torch.float64)
         rows.append(torch.cat([torch.stack([down, right, -forward, centre, size], 1).flatten(), bounds]))
