@@ -495,7 +495,9 @@ def test_the_instrument_reports_size_and_coverage_with_and_without_attack():
 
 def test_the_instrument_warns_of_sets_that_say_nothing():
     finding, subject, task = measured(eps=3.0, sigma=6.0, num_samples=32)
-    assert any("say nothing" in w for w in finding.warnings)
+    assert any("sampling error" in w and "not trained with noise" not in w for w in finding.warnings)
+    blind, _, _ = measured(eps=3.0, sigma=6.0, num_samples=256)  # draws enough, and a model that noise of 6 blinds
+    assert any("not trained with noise" in w for w in blind.warnings)
     few = task.changed(valid=task.valid.take(slice(0, 12)))
     short = rc.RobustSets(num_samples=16).measure(subject, few)
     assert short.value == 5.0

@@ -12,7 +12,7 @@ from torch import Tensor
 from surefoot.certified.robust_conformal.attack import smooth_pgd
 from surefoot.certified.robust_conformal.classifier import ConformalReport, RobustConformalClassifier
 from surefoot.certified.robust_conformal.scores import level_of_two_betas
-from surefoot.certified.robust_conformal.sets import noise_ratio
+from surefoot.certified.robust_conformal.sets import hoeffding_slack, noise_ratio
 from surefoot.core.finding import Chart, Cost, Finding
 from surefoot.core.instrument import Instrument
 from surefoot.core.statistics import mean_interval, wilson_interval
@@ -24,6 +24,7 @@ from surefoot.errors import check, check_at_least, check_positive
 HOLDOUT = 0.36  # share of the validation split that fits PTT, as 200 of 550
 STEPS, EOT = 20, 8  # of the attack
 LEAST = 25  # test examples however large the model
+SAMPLING = 0.3  # of the score's range: with more lost to sampling error, full sets do not speak of the model
 
 
 @dataclass
@@ -95,7 +96,7 @@ class RobustSets(Instrument):
                 _coverage("coverage of ordinary conformal sets under attack", naive),
             ),
             pictures=(_histogram(clean.sizes, subject.num_classes),),
-            warnings=(*self._warnings(clean, robust, len(calibration)), *_fewer(len(test), min(most, len(task.test)))),
+            warnings=(*self._warnings(clean, robust, len(calibration), draws), *_fewer(len(test), min(most, len(task.test)))),
             details={
                 "eps": self.eps, "sigma": self.sigma, "alpha": self.alpha, "beta": self.beta, "draws": draws,
                 "holdout": len(held), "calibration": len(calibration), "threshold": min(robust.threshold_ or 0.0, 1.0), "full": clean.full,
@@ -124,11 +125,19 @@ class RobustSets(Instrument):
             bounds=task.bounds, generator=generator,
         )  # fmt: skip
 
-    def _warnings(self, clean: ConformalReport, robust: RobustConformalClassifier, calibration: int) -> tuple[str, ...]:
+    def _warnings(
+        self, clean: ConformalReport, robust: RobustConformalClassifier, calibration: int, draws: int
+    ) -> tuple[str, ...]:
         if calibration < robust.calibration_size:
             return (
                 f"{calibration} calibration examples give no finite threshold, so every set is full; "
                 f"at least {robust.calibration_size} are needed beside the holdout.",
+            )
+        lost = 2 * hoeffding_slack(draws, self.beta)
+        if clean.full > 0.5 and lost > SAMPLING:
+            return (
+                f"{clean.full:.0%} of the sets hold every label and say nothing: {draws} draws leave {lost:.2f} of the score's range of 1 to "
+                "sampling error. A larger budget draws more; this says nothing against the model.",
             )
         if clean.full > 0.5:
             return (
