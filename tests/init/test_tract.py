@@ -19,12 +19,12 @@ from surefoot.init.tract import (
     apply_tract,
     apply_tract_,
     first_layer,
-    patch_moment,
     tract,
     tract_weight_grad,
     unapply_tract,
 )
 from surefoot.models.networks import Normalized, mlp, small_cnn
+from surefoot.nn.patches import patch_moment
 from surefoot.training.loop import fit
 
 
@@ -162,7 +162,7 @@ def explicit_patches(layer: nn.Conv2d, x: Tensor) -> Tensor:  # [B H' W', C k k]
 @pytest.mark.parametrize("small", [0, 1 << 18], ids=["rows", "whole"])
 @pytest.mark.parametrize("options", CONVS, ids=str)
 def test_conv_equals_explicit_unfold(options: dict, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surefoot.init.tract.SMALL", small)
+    monkeypatch.setattr("surefoot.nn.patches.SMALL", small)
     plain = nn.Conv2d(4, 6, dtype=torch.float64, **options)
     layer = tract(copy.deepcopy(plain), 0.1)
     assert isinstance(layer, TrActConv2d)
@@ -184,7 +184,7 @@ def test_kernel_of_the_image_is_a_linear_layer_and_chunks_do_not_matter(monkeypa
     conv, x, g = TrActConv2d(2, 5, 3, dtype=torch.float64), draw(40, 2, 3, 3), draw(40, 5, seed=1)
     expected = tract_weight_grad(x.flatten(1), g)
     assert torch.allclose(layer_grads(conv, x, g[..., None, None])[0].flatten(1), expected, atol=1e-12)
-    monkeypatch.setattr("surefoot.init.tract.CHUNK", 100)
+    monkeypatch.setattr("surefoot.nn.patches.CHUNK", 100)
     assert torch.allclose(layer_grads(conv, x, g[..., None, None])[0].flatten(1), expected, atol=1e-12)
 
 

@@ -29,8 +29,9 @@ from surefoot.core.treatment import Batch, Treatment
 from surefoot.core.trial import Arm, Claim, Metrics, Run, Setup, Stack, Trial
 from surefoot.datasets.embedded import digits
 from surefoot.datasets.standard import mnist
-from surefoot.init.tract import TrAct, apply_tract_, first_layer, patch_moment, tract, unapply_tract
+from surefoot.init.tract import TrAct, apply_tract_, first_layer, tract, unapply_tract
 from surefoot.models import seeded_build
+from surefoot.nn.patches import patch_moment
 
 TRAINING = Training(epochs=16, batch_size=64, optimizer="sgd", momentum=0.9, schedule="cosine")
 STANDARD_TRAINING = TRAINING.changed(epochs=8)
