@@ -14,6 +14,7 @@ from typing import Any
 
 from surefoot.core.cost import Meter
 
+Row = dict[str, Any]
 REPEATS, BLOCK, MOST = 5, 0.05, 30  # blocks, seconds a block, calls a block
 
 
@@ -34,6 +35,20 @@ def seconds(call: Callable[[], Any]) -> float:
 def _block(calls: Sequence[Callable[[], Any]], length: int) -> list[float]:
     taken = [[seconds(call) for call in calls] for _ in range(length)]
     return [statistics.median(side) for side in zip(*taken, strict=True)]
+
+
+def timed(*calls: Callable[[], Any]) -> list[tuple[float, Any]]:
+    """Median seconds of each call and what it gave."""
+    given = [call() for call in calls]
+    return list(zip(in_turn(*calls), given, strict=True))
+
+
+def row(
+    what: str, ours: float, peer: str, theirs: float | None, quality: str, note: str = "", *, ours_mb: float | None = None, peer_mb: float | None = None
+) -> Row:  # fmt: skip
+    """What `run.py` prints and keeps; `ratio` below 1 is faster than the peer."""
+    entry = {"what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": None if theirs is None else ours / theirs, "quality": quality, "ours_mb": ours_mb, "peer_mb": peer_mb}  # fmt: skip
+    return entry | ({"note": note} if note else {})
 
 
 def memory_mb(call: Callable[[], Any]) -> float:

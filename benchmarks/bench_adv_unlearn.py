@@ -12,6 +12,7 @@ Run: python benchmarks/bench_adv_unlearn.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from _timing import in_turn
+from _timing import Row, row, timed
 from surefoot.adversarial.adv_unlearn import (
     FAST,
     AdversarialPrompt,
@@ -38,21 +39,10 @@ from surefoot.models.toy_diffusion import ToyDiffusion, ToyTextEncoder, ToyUNet
 
 BATCH, PROMPT = 4, "a three"
 RETAIN = ["", "a one", "a seven", "a nine"]
-Row = dict[str, Any]
 
 
 def source() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def timed(*calls: Callable[[], Any]) -> list[tuple[float, Any]]:
-    """Median seconds of each call and what it gave."""
-    given = [call() for call in calls]
-    return list(zip(in_turn(*calls), given, strict=True))
-
-
-def row(what: str, ours: float, peer: str, theirs: float, quality: str) -> Row:
-    return {"what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": ours / theirs, "quality": quality, "ours_mb": None, "peer_mb": None}  # fmt: skip
 
 
 def toy() -> ToyDiffusion:
@@ -86,8 +76,8 @@ def attack_rows(model: ToyDiffusion) -> list[Row]:
     states, found = some_states(model, BATCH), []
     for name, attack in (("fast", FAST), ("standard", Attack())):
         settings = Attack(**{**vars(attack), "batch": BATCH})
-        search = lambda: soft_prompt_attack(model, PROMPT, lambda n: states, settings, generator=source())  # noqa: B023, E731  # fmt: skip
-        (ours, result), (theirs, _) = timed(search, denoiser_step(model, states))
+        search = partial(soft_prompt_attack, model, PROMPT, lambda _: states, settings)
+        (ours, result), (theirs, _) = timed(lambda s=search: s(generator=source()), denoiser_step(model, states))
         what = f"{name} attack, {settings.steps} step{'s'[: settings.steps > 1]}, {BATCH} states"
         note = f"{ours / theirs:.1f} training steps; loss {result.losses[0]:.3f} to {result.losses[-1]:.3f}"
         found.append(row(what, ours, "one denoiser training step", theirs, note))

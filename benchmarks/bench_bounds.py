@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import _lirpa
-from _timing import in_turn
+from _timing import Row, in_turn, row
 from surefoot.certified.fast_ibp import cnn7
 from surefoot.models import mlp, small_resnet
 from surefoot.nn.bounds import (
@@ -34,7 +34,6 @@ from surefoot.nn.bounds import (
 )
 
 Call = Callable[[], Tensor]
-Row = dict[str, object]
 
 
 def small_net() -> nn.Module:
@@ -47,12 +46,6 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
     "cnn 1x8x8": (small_net, (1, 8, 8), 64, 0.02),
     "residual net 1x8x8": (lambda: small_resnet((1, 8, 8), 10, widths=(4, 8)), (1, 8, 8), 8, 0.01),
 }
-
-
-def row(what: str, ours: float, peer: str, theirs: float | None, quality: str, note: str | None = None) -> Row:
-    ratio = None if theirs is None else theirs / ours  # above 1: we are faster
-    entry: Row = {"what": what, "ratio": ratio, "ours_s": ours, "peer": peer, "peer_s": theirs, "quality": quality}
-    return entry | {"ours_mb": None, "peer_mb": None} | ({"note": note} if note else {})
 
 
 def batch(name: str) -> tuple[nn.Module, Tensor, Tensor, float]:

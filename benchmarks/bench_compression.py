@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from _timing import in_turn, seconds
+from _timing import in_turn, row, seconds
 from surefoot.core.subject import predict
 from surefoot.core.task import Training
 from surefoot.datasets.embedded import digits
@@ -28,13 +28,6 @@ from surefoot.sparsity.random_pruning import layer_densities, random_masks, rand
 from surefoot.training.loop import fit
 
 REPEATS = 5
-
-
-def row(what: str, ours: float, peer: str, peer_s: float | None, quality: str, note: str = "", **sizes: float) -> dict[str, Any]:  # fmt: skip
-    return {
-        "what": what, "ours_s": ours, "peer": peer, "peer_s": peer_s, "ratio": None if peer_s is None else ours / peer_s,
-        "quality": quality, "ours_mb": sizes.get("ours_mb"), "peer_mb": sizes.get("peer_mb"), **({"note": note} if note else {}),
-    }  # fmt: skip
 
 
 # --- the integer programme ----------------------------------------------------------------------------------------------

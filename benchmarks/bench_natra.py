@@ -10,17 +10,15 @@ Run: python benchmarks/bench_natra.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from _timing import in_turn
+from _timing import Row, row, timed
 from surefoot.adversarial.natra import (
     LatentCodes,
+    NaturalAttack,
     NaturalTransformation,
     attribute_directions,
     invert_batch,
@@ -32,21 +30,10 @@ from surefoot.models.generators import ImageEncoder, image_decoder
 from surefoot.nn.attacks import pgd_train
 
 LATENT, IMAGES, STEPS = 16, 32, 20
-Row = dict[str, Any]
 
 
 def source() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def timed(*calls: Callable[[], Any]) -> list[tuple[float, Any]]:
-    """Median seconds of each call and what it gave."""
-    given = [call() for call in calls]
-    return list(zip(in_turn(*calls), given, strict=True))
-
-
-def row(what: str, ours: float, peer: str, theirs: float, quality: str) -> Row:
-    return {"what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": ours / theirs, "quality": quality, "ours_mb": None, "peer_mb": None}  # fmt: skip
 
 
 def networks() -> tuple[nn.Sequential, ImageEncoder]:
@@ -110,8 +97,13 @@ def attack(decoder: nn.Sequential, encoder: ImageEncoder, x: Tensor, y: Tensor) 
     codes = invert_batch(decoder, encoder, x, steps=STEPS, generator=source())
     directions = attribute_directions(decoder, k=4)
     transform = NaturalTransformation(decoder, codes, directions, alpha_max=1.0)
-    natural = lambda: natural_attack(net, transform, y, steps=5, generator=source())  # noqa: E731
-    pixels = lambda: pgd_train(net, x, y, eps=0.1, steps=5, generator=source())  # noqa: E731
+
+    def natural() -> NaturalAttack:
+        return natural_attack(net, transform, y, steps=5, generator=source())
+
+    def pixels() -> Tensor:
+        return pgd_train(net, x, y, eps=0.1, steps=5, generator=source())
+
     (ours, _), (theirs, _) = timed(natural, pixels)
     each = timed(lambda: invert_batch(decoder, encoder, x, steps=STEPS, generator=source()))[0][0]
     note = f"another threat; encoding these images afresh would add {1e3 * each:.0f} ms to each step"

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
-from _timing import in_turn
+from _timing import Row, in_turn, row
 from surefoot.audit.instruments.label_errors import cross_fitted_logits, proxy_network
 from surefoot.core.subject import predict
 from surefoot.core.task import Training
@@ -25,13 +24,6 @@ from surefoot.models import seeded_build, small_cnn
 from surefoot.noisy_labels.elr import ELR, ELRLoss
 from surefoot.noisy_labels.ldr import ALDRKLLoss, label_suspicion
 from surefoot.training.loop import fit
-
-Row = dict[str, Any]
-
-
-def _row(what: str, ours: float, peer: str, theirs: float | None, quality: str, ours_mb: float | None, peer_mb: float | None) -> Row:  # fmt: skip
-    ratio = None if theirs is None else ours / theirs
-    return {"what": what, "ours_s": ours, "peer": peer, "peer_s": theirs, "ratio": ratio, "quality": quality, "ours_mb": ours_mb, "peer_mb": peer_mb}  # fmt: skip
 
 
 def _backward(loss: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> Callable[[], None]:
@@ -57,7 +49,7 @@ def elr_in_a_training_step() -> Row:
         optimizer.step()
 
     ours, peer = in_turn(lambda: step(lambda z: loss(z, y, index)), lambda: step(lambda z: F.cross_entropy(z, y)))
-    return _row("ELR: training step of a small CNN, batch 128", ours, "F.cross_entropy", peer, "target: below 1.05", _state_mb(loss), 0.0)  # fmt: skip
+    return row("ELR: training step of a small CNN, batch 128", ours, "F.cross_entropy", peer, "target: below 1.05", ours_mb=_state_mb(loss), peer_mb=0.0)  # fmt: skip
 
 
 def elr_alone() -> Row:
@@ -69,7 +61,7 @@ def elr_alone() -> Row:
         _backward(lambda z: loss(z, y, index), logits), _backward(lambda z: F.cross_entropy(z, y), logits)
     )
     note = f"{1e6 * (ours - peer):.0f} microseconds more"
-    return _row("ELR: loss and gradient alone, batch 128, K = 100", ours, "F.cross_entropy", peer, note, _state_mb(loss), 0.0)  # fmt: skip
+    return row("ELR: loss and gradient alone, batch 128, K = 100", ours, "F.cross_entropy", peer, note, ours_mb=_state_mb(loss), peer_mb=0.0)  # fmt: skip
 
 
 def aldr_alone() -> Row:
@@ -80,7 +72,7 @@ def aldr_alone() -> Row:
     ours, peer = in_turn(
         _backward(lambda z: loss(z, y, index), logits), _backward(lambda z: F.cross_entropy(z, y), logits)
     )
-    return _row("ALDR-KL: loss and gradient, batch 1024, K = 1000", ours, "F.cross_entropy", peer, "target: at most 1.3", _state_mb(loss), 0.0)  # fmt: skip
+    return row("ALDR-KL: loss and gradient, batch 1024, K = 1000", ours, "F.cross_entropy", peer, "target: at most 1.3", ours_mb=_state_mb(loss), peer_mb=0.0)  # fmt: skip
 
 
 def _state_mb(loss: nn.Module) -> float:
@@ -103,14 +95,20 @@ def detection() -> Row:
     try:
         from cleanlab.rank import get_label_quality_scores
     except ImportError:
-        row = _row(what, ours, "cleanlab", None, f"AUROC {auroc:.3f}", None, None)
-        return {**row, "note": "cleanlab is not installed; pip install 'surefoot[peers]'."}
+        return row(
+            what,
+            ours,
+            "cleanlab",
+            None,
+            f"AUROC {auroc:.3f}",
+            "cleanlab is not installed; pip install 'surefoot[peers]'.",
+        )
     start = time.process_time()
     logits = cross_fitted_logits(task, folds=5, repeats=1, training=training)[0]
     quality = get_label_quality_scores(y.numpy(), logits.double().softmax(1).numpy(), method="self_confidence")
     theirs = time.process_time() - start
     peer = roc_auc_score(wrong.numpy(), -quality)
-    return _row(what, ours, "cleanlab self-confidence, 5 folds", theirs, f"AUROC {auroc:.3f} against {peer:.3f}", None, None)  # fmt: skip
+    return row(what, ours, "cleanlab self-confidence, 5 folds", theirs, f"AUROC {auroc:.3f} against {peer:.3f}")  # fmt: skip
 
 
 def rows() -> list[Row]:
