@@ -24,7 +24,7 @@ from surefoot.core.instrument import Instrument
 from surefoot.core.statistics import mean_interval, wilson_interval
 from surefoot.core.subject import Subject
 from surefoot.core.task import Task
-from surefoot.core.work import affordable, forward_flops
+from surefoot.core.work import affordable, cut_note, forward_flops
 from surefoot.errors import check, check_at_least, check_open_unit, check_positive
 from surefoot.nn.smoothing import (
     Certificates,
@@ -98,7 +98,7 @@ class CertifiedRadius(Instrument):
             parts=parts,
             pictures=(_curve(found, y, sigma),),
             fix=self.fix,
-            warnings=(*self._warnings(found, y, clean, sigma, cap, n), *_fewer(len(y), min(most, len(task.test)))),
+            warnings=(*self._warnings(found, y, clean, sigma, cap, n), *cut_note(len(y), min(most, len(task.test)))),
             details={
                 "sigma": sigma, "n": n, "n0": self.n0, "alpha": self.alpha, "votes": votes,
                 "abstained": int(found.abstained.sum()), "clean_accuracy": clean,
@@ -162,12 +162,6 @@ class CertifiedRadius(Instrument):
                 f"Most radii stand at the largest value that {n} draws can show ({cap:.3f}): more draws would show more."
             )
         return tuple(warnings)
-
-
-def _fewer(count: int, most: int) -> tuple[str, ...]:
-    if count >= most:
-        return ()
-    return (f"A model of this size is certified on {count} examples within the budget, in place of {most}; the interval says what that costs.",)  # fmt: skip
 
 
 def _positive(cap: Tensor) -> float:

@@ -42,11 +42,12 @@ class WorkMeter(TorchDispatchMode):
 
 @torch.no_grad()
 def forward_flops(model: nn.Module, example: Tensor) -> int:  # example [1, ...]
-    """Floating-point operations of one forward pass, in evaluation mode; every training flag is put back."""
+    """Floating-point operations of one forward pass, in evaluation mode; training flags and the global random state are put back."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with FlopCounterMode(display=False) as counter:
+        devices = [example.device] if example.is_cuda else []
+        with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
             model(example)
     finally:
         for module, training in flags:
@@ -57,3 +58,10 @@ def forward_flops(model: nn.Module, example: Tensor) -> int:  # example [1, ...]
 def affordable(most: int, least: int, each: float, flops: float) -> int:
     """How many examples at `each` operations the budget pays: at most `most`, and `least` whatever it says."""
     return max(min(least, most), min(most, int(flops / max(each, 1.0))))
+
+
+def cut_note(count: int, most: int) -> tuple[str, ...]:
+    """A finding's warning where the budget paid for `count` of `most` examples; nothing where it paid for all."""
+    if count >= most:
+        return ()
+    return (f"A model of this size is measured on {count} examples within the budget, in place of {most}; the interval says what that costs.",)  # fmt: skip

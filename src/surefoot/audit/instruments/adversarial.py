@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from surefoot.audit.instruments.common import (
     between,
@@ -31,6 +30,7 @@ from surefoot.core.instrument import Instrument
 from surefoot.core.statistics import wilson_interval
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
+from surefoot.core.work import affordable, cut_note, forward_flops
 from surefoot.errors import check_choice
 from surefoot.nn.attacks import (
     MaskingReport,
@@ -39,7 +39,6 @@ from surefoot.nn.attacks import (
     SuiteResult,
     ZeroGradient,
     apgd,
-    attacking,
     is_random,
     masking_diagnostics,
     rand_suite,
@@ -132,12 +131,9 @@ class AdversarialAccuracy(Instrument):
         return undefended_surrogate(subject, task, examples=effort.surrogate)
 
     def _affordable(self, subject: Subject, first: Tensor, effort: Effort, task: Task) -> int:
-        with attacking(subject.model, "eval", task.generator(self.slug), first.device), torch.no_grad():
-            with FlopCounterMode(display=False) as counter:
-                subject.model(first)
         targets = min(effort.targets, subject.num_classes - 1)
         passes = 3 * effort.steps * (1 + targets) + 4 * effort.fab_steps * targets + effort.queries
-        return max(LEAST, min(effort.examples, int(effort.flops / max(counter.get_total_flops() * passes, 1))))
+        return affordable(effort.examples, LEAST, passes * forward_flops(subject.model, first), effort.flops)
 
     def _suite(
         self, subject: Subject, task: Task, x: Tensor, y: Tensor, eps: float, effort: Effort, random: bool
@@ -222,6 +218,7 @@ class AdversarialAccuracy(Instrument):
             *((doubt,) if raised else ()),
             *masking.warnings,
             *(note for note in result.notes if "gradient" in note),
+            *cut_note(n, min(EFFORT[task.budget].examples, len(task.test))),
         )
         if result.decision != "single":
             warnings += (

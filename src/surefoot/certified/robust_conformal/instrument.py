@@ -18,7 +18,7 @@ from surefoot.core.instrument import Instrument
 from surefoot.core.statistics import mean_interval, wilson_interval
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
-from surefoot.core.work import affordable, forward_flops
+from surefoot.core.work import affordable, cut_note, forward_flops
 from surefoot.errors import check, check_at_least, check_positive
 
 HOLDOUT = 0.36  # share of the validation split that fits PTT, as 200 of 550
@@ -96,7 +96,7 @@ class RobustSets(Instrument):
                 _coverage("coverage of ordinary conformal sets under attack", naive),
             ),
             pictures=(_histogram(clean.sizes, subject.num_classes),),
-            warnings=(*self._warnings(clean, robust, len(calibration), draws), *_fewer(len(test), min(most, len(task.test)))),
+            warnings=(*self._warnings(clean, robust, len(calibration), draws), *cut_note(len(test), min(most, len(task.test)))),
             details={
                 "eps": self.eps, "sigma": self.sigma, "alpha": self.alpha, "beta": self.beta, "draws": draws,
                 "holdout": len(held), "calibration": len(calibration), "threshold": min(robust.threshold_ or 0.0, 1.0), "full": clean.full,
@@ -145,12 +145,6 @@ class RobustSets(Instrument):
                 "the classes apart. It was probably not trained with noise.",
             )
         return ()
-
-
-def _fewer(count: int, most: int) -> tuple[str, ...]:
-    if count >= most:
-        return ()
-    return (f"A model of this size is tested on {count} examples within the budget, in place of {most}; the interval says what that costs.",)  # fmt: skip
 
 
 def _check_split(split: Split, subject: Subject) -> None:
