@@ -137,3 +137,16 @@ def test_a_run_from_the_command_line_with_known_focal_and_frames_fed_back(views,
     )
     assert {"scene_undistilled.ply", "path_distilled.gif", "report.html"} <= {p.name for p in out.iterdir()}
     assert "fed back" in (out / "report.html").read_text()
+
+
+def test_the_device_decides_the_default_length(views, tmp_path, monkeypatch):
+    from surefoot.geometry.lm_gaussian import backends
+
+    _, line = command_line(views, tmp_path)
+    with pytest.raises(InvalidInput, match="tpu9"):
+        backends.usable_device("tpu9")
+    monkeypatch.setattr(backends, "usable_device", torch.device)  # as on a machine that has one
+    seen = asked(monkeypatch, [*line[:-4], "--device", "cuda"])
+    assert seen["budget"] == Budget.full("360")
+    assert seen["device"] == torch.device("cuda")
+    assert asked(monkeypatch, line[:-4])["budget"] == Budget()

@@ -16,6 +16,7 @@ from surefoot.errors import InvalidInput, check, check_at_least, check_choice, c
 
 if TYPE_CHECKING:
     from surefoot.geometry.lm_gaussian import Budget, Switches
+    from surefoot.geometry.lm_gaussian.settings import Mode
 
 STAGES = {
     "poses": "finding the cameras",
@@ -55,11 +56,11 @@ def check_asked(named: Mapping[str, Any], method: Mapping[str, Any]) -> None:
 
 
 def settings_of_run(
-    mode: str, named: Mapping[str, Any], method: Mapping[str, Any], *, steps: int | None, splats: int | None
+    mode: Mode, named: Mapping[str, Any], method: Mapping[str, Any], *, steps: int | None, splats: int | None
 ) -> tuple[Budget, Switches]:
     from surefoot.geometry.lm_gaussian import Budget, Switches
 
-    budget = Budget.of(mode, steps=steps, refined=named["repair"] != "none")  # type: ignore[arg-type]
+    budget = Budget.of(mode, steps=steps, device=named["device"], refined=named["repair"] != "none")
     given = {"splats": splats, "align_steps": method["align_steps"], "repair_strength": method["repair_strength"], "path_frames": method["frames"], "distill_steps": method["distill_steps"]}  # fmt: skip
     switches = Switches(rounds=method["rounds"], depth_scope=method["depth_scope"], adaptor=method["adaptor"], mask_unreliable=method["mask_unreliable"])  # fmt: skip
     off = {*method["without"], *(("repair",) if named["repair"] == "none" else ())}
@@ -67,7 +68,7 @@ def settings_of_run(
 
 
 def run_reconstruct(
-    photos: Path, out: Path, *, mode: str, named: Mapping[str, Any], method: Mapping[str, Any], eval_every: int | None, size: int, steps: int | None,
+    photos: Path, out: Path, *, mode: Mode, named: Mapping[str, Any], method: Mapping[str, Any], eval_every: int | None, size: int, steps: int | None,
     splats: int | None, focal: float | None, crop: bool, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     named, off = dict(named), set(method["without"])
@@ -83,7 +84,7 @@ def run_reconstruct(
     if focal is not None:
         check_positive("--focal", focal)
 
-    from surefoot.geometry.lm_gaussian.backends import load_backends
+    from surefoot.geometry.lm_gaussian.backends import load_backends, usable_device
     from surefoot.geometry.lm_gaussian.outputs import save_result
     from surefoot.geometry.lm_gaussian.photos import read_photos
     from surefoot.geometry.lm_gaussian.run import reconstruct_photos
@@ -91,6 +92,7 @@ def run_reconstruct(
     from surefoot.report import write_reconstruction_report
 
     console = Console(stderr=True)
+    named["device"] = usable_device(named["device"])
     found = read_photos(photos, crop=crop)
     height, width = found.images[0].shape[:2]
     K = None if focal is None else intrinsics(focal, width, height)
@@ -108,7 +110,7 @@ def run_reconstruct(
             **named, fit_steps=method["repair_steps"], on_fit=lambda step, total, loss: tell("fit", step, total)
         )
         result, held, small = reconstruct_photos(
-            found.images, found.names, size=size, mode=mode, eval_every=eval_every,  # type: ignore[arg-type]
+            found.images, found.names, size=size, mode=mode, eval_every=eval_every,
             backends=chosen, switches=switches, budget=budget, K=K, optimize_poses=method["optimize_poses"], seed=seed, device=named["device"], folder=out,
             progress=tell,
         )  # fmt: skip

@@ -92,7 +92,7 @@ def load_backends(
     `on_fit(step, steps, loss)` is told how fitting the repair model goes."""
     named = {"stereo": stereo, "depth": depth, "normals": normals, "repair": repair, "enhance": enhance}
     chosen = {question: parse(question, answer) for question, answer in named.items()}  # before gigabytes are read
-    where = _device(device)
+    where = usable_device(device)
     long: dict[str, Any] = {} if fit_steps is None else {"fit_steps": fit_steps}
     if fit_steps is not None:
         check(chosen["repair"][0] != "none", "fit_steps is how long a repair model is fitted, and none was asked for.")
@@ -124,7 +124,8 @@ def load_backends(
     )  # fmt: skip
 
 
-def _device(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device by its name; `InvalidInput` where this machine has none such."""
     try:
         found = torch.device(device)
         torch.zeros(1, device=found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class PairPointmaps(NamedTuple):
         return self._replace(**{k: t.to(device) for k, t in self._asdict().items() if isinstance(t, Tensor)})
 
 
+@runtime_checkable
 class StereoPrior(Protocol):
     """Pointmaps of two photos, DUSt3R-like."""
 

@@ -22,7 +22,7 @@ from surefoot.geometry.lm_gaussian.backends import (
     resized,
 )
 from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_views
-from surefoot.geometry.lm_gaussian.priors import MultiView
+from surefoot.geometry.lm_gaussian.priors import MultiView, StereoPrior
 from surefoot.geometry.lm_gaussian.settings import Budget, Mode, Progress, Switches
 from surefoot.geometry.lm_gaussian.stages import StageStore, cameras_from_dict, cameras_to_dict, cloud_to_dict, once
 from surefoot.geometry.lm_gaussian.start import check_images
@@ -95,7 +95,8 @@ def reconstruct_photos(
     from surefoot.geometry.lm_gaussian.photos import resize
 
     check_at_least("size", size, 16)
-    backends, switches, budget = backends or Backends(), switches or Switches(), budget or Budget()
+    backends, switches = backends or Backends(), switches or Switches()
+    budget = budget or Budget.of(mode, device=device)
     check_images(images, names)
     small, large = resize(images, size), resize(images, NETWORK_SIDE)
     height, width = small[0].shape[:2]
@@ -170,8 +171,8 @@ def _views(
 
     tell("poses")(0, 1)
     prior = backends.stereo
-    if hasattr(prior, "predict"):
-        pairs = ask_pairs(prior, large, width, height, tell("poses"))  # type: ignore[arg-type]
+    if isinstance(prior, StereoPrior):
+        pairs = ask_pairs(prior, large, width, height, tell("poses"))
         if mono is not None:
             mono, note = oriented(mono, *first_depths(pairs, len(images)))
         guide = mono if switches.depth_guidance else None
@@ -184,12 +185,12 @@ def _views(
             found = prior.reconstruct(images, names, K)
         else:
             K = intrinsics_at(large[0].shape[1], large[0].shape[0])
-            found = resized(prior.reconstruct(large, names, K), width, height)  # type: ignore[union-attr]
+            found = resized(prior.reconstruct(large, names, K), width, height)
         if mono is not None and found.depths is not None and found.conf is not None:
             _, note = oriented(mono[list(found.registered)], found.depths, found.conf)
     if note is not None:
         found = replace(found, notes=(*found.notes, note))
-    return found, note, prior.name  # type: ignore[union-attr]
+    return found, note, prior.name
 
 
 def _views_to_dict(views: tuple[MultiView, str | None, str]) -> dict[str, Any]:

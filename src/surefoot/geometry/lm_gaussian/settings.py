@@ -13,8 +13,6 @@ from surefoot.geometry.lm_gaussian.train import Rates
 
 Mode = Literal["360", "forward"]
 Progress = Callable[[str, int, int], None]  # stage, step, steps
-
-
 DepthScope = Literal["unsure", "all"]
 
 

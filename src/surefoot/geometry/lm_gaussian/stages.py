@@ -45,7 +45,7 @@ class StageStore:
 
     @classmethod
     def of(cls, folder: Path, images: Sequence[Tensor], *settings: object) -> StageStore:
-        digest = hashlib.sha256(repr(settings).encode())
+        digest = hashlib.sha256(repr((settings, [str(image.device) for image in images])).encode())
         for image in images:
             digest.update(image.detach().cpu().contiguous().numpy().tobytes())
         return cls(folder, digest.hexdigest()[:16])

@@ -90,9 +90,9 @@ def start_scene(
         else torch.stack([depth_prior.predict(k, im).to(stack) for k, im in enumerate(images)])
     )
     report: dict[str, Any] = {"stereo": stereo_prior.name, "depth": None if depth_prior is None else depth_prior.name}
-    if hasattr(stereo_prior, "predict"):
+    if isinstance(stereo_prior, StereoPrior):
         n = len(images)
-        pairs = [stereo_prior.predict(i, j, images[i], images[j]).to(stack.device) for i, j in all_pairs(n)]  # type: ignore[union-attr]
+        pairs = [stereo_prior.predict(i, j, images[i], images[j]).to(stack.device) for i, j in all_pairs(n)]
         known = None if K is None else K.to(stack).expand(n, 3, 3)
 
         def tell(step: int, steps: int, loss: float) -> None:
@@ -102,7 +102,7 @@ def start_scene(
         fit = align_pointmaps(pairs, mono_depth=mono if switches.depth_guidance else None, K=known, clean_every=50 if switches.cleaning else None, depth_scope=switches.depth_scope, adaptor=switches.adaptor, tol=budget.tol, steps=budget.align_steps, generator=generator, progress=tell, checkpoint=checkpoint)  # fmt: skip
         report |= {"notes": list(fit.notes)} if fit.notes else {}
         return _cleaned(fit, tuple(range(n)), stack, mono, names, switches, budget, generator, report)
-    found: MultiView = stereo_prior.reconstruct(images, names, K).to(stack.device)  # type: ignore[union-attr]
+    found: MultiView = stereo_prior.reconstruct(images, names, K).to(stack.device)
     report["notes"] = list(found.notes)
     missing = [names[k] for k in range(len(images)) if k not in found.registered]
     report["unregistered"] = missing

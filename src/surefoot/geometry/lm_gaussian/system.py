@@ -73,7 +73,7 @@ class LMGaussianResult:
         save_splats(self.scene, Path(path))
 
     def save_colmap(self, folder: Path | str) -> None:
-        """Cameras and points as COLMAP's text files."""
+        """Cameras and points as a COLMAP model."""
         save_colmap(Path(folder), self.cameras, self.cloud)
 
     def render_path(self, frames: int = 60) -> Tensor:  # [F, H, W, 3]
@@ -151,22 +151,22 @@ def reconstruct(
 
     `stereo_prior` finds the poses; the others are optional, and the report names those that were used. `mode` is "360" for a walk around, "forward"
     for views that look one way; `optimize_poses` moves the cameras together with the splats of stage 1. `steps` scales every schedule of the budget
-    to so many training steps in all (`Budget.of`, or `budget.scaled` of the one given).
+    to so many training steps in all (`Budget.of`, or `budget.scaled` of the one given). Splats are trained where the photos are.
 
     With `stages` every finished stage is kept on disk, alignment and training every minute; a run that asks the same goes on from there. Raises
     `InvalidInput` where photos are unusable, do not hang together, or collapse into one place.
     """
     check_choice("mode", mode, ("360", "forward"))
+    names = [f"photo_{k:02d}" for k in range(len(images))] if names is None else list(names)
+    check_images(images, names)
     switches = switches or Switches()
     repair_prior, video_prior = repair_prior if switches.repair else None, video_prior if switches.enhancement else None
     if budget is None:
-        budget = Budget.of(mode, steps=steps, refined=repair_prior is not None)
+        budget = Budget.of(mode, steps=steps, device=images[0].device, refined=repair_prior is not None)
     elif steps is not None:
         budget = budget.scaled(steps, refined=repair_prior is not None)
     if budget.distill_steps and video_prior is None:
         raise InvalidInput("distill_steps feeds enhanced frames back, and nobody enhances them; give a video_prior, or set distill_steps to 0.")  # fmt: skip
-    names = [f"photo_{k:02d}" for k in range(len(images))] if names is None else list(names)
-    check_images(images, names)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     run = _Run(mode, switches, budget, generator, progress, stages)
     start = run.once("start", lambda: start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress, checkpoint=run.kept("start")), start_to_dict, start_from_dict)  # fmt: skip
