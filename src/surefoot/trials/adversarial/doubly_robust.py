@@ -2,7 +2,7 @@
 
 Digits 8x8 with a tenth of the training images of classes 7, 8 and 9 kept (about 730 in all); validation and test are balanced. All arms train the
 same small CNN, which attacks itself with the same steps in Linf at 0.1, for 20 epochs; `at_long` and `done_long` may also take 40, as validation
-says. Every arm chooses from four settings (the long ones from eight): four learning rates for plain adversarial training (`at`), the upper two times two
+says. Every arm chooses from six settings (the long ones from twelve): six learning rates for plain adversarial training (`at`), the upper three times two
 of the arm's own dial for margin-based weights (`mail`: Liu et al., 2021, arXiv 2106.07580), for class-balanced training and for the method
 (`done`). The learning rate matters more to the weakest classes than any weighting does, so that no arm may go without it. Ablations:
 `done_softmax` has no tracker (weights are the batch's softmax), `done_implicit` the gradient through the attack.
@@ -38,8 +38,8 @@ from surefoot.nn.attacks import pgd_train, standard_suite
 EPS, STEPS, EPOCHS = 0.1, 4, 20
 MINORITY, KEPT = (7, 8, 9), 0.1
 TRAINING = Training(epochs=EPOCHS, batch_size=64)
-RATES = (8e-3, 1.6e-2)
-ALL_RATES = (2e-3, 4e-3, *RATES)
+RATES = (8e-3, 1.6e-2, 3.2e-2)
+ALL_RATES = (1e-3, 2e-3, 4e-3, *RATES)
 
 
 def task_of(seed: int, data_dir: Path | None) -> Task:
