@@ -56,3 +56,20 @@ def controlnet_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_parts():
     return tiny_parts
+
+
+@pytest.fixture(scope="module")
+def parts(controlnet_folder):
+    """That model, read from its folder; a module's tests share it."""
+    from surefoot.geometry.lm_gaussian import ControlNetParts
+
+    return ControlNetParts.load(controlnet_folder)
+
+
+@pytest.fixture(scope="module")
+def views():
+    """Four photos of 24 pixels with their true depths and cameras; files that want others have their own."""
+    from surefoot.datasets.scenes import courtyard360
+
+    scene = courtyard360(24, train=4)
+    return [scene.view(camera, supersample=1) for camera in scene.train]

@@ -23,11 +23,6 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def parts(controlnet_folder):
-    return ControlNetParts.load(controlnet_folder)
-
-
 def prior(parts, **settings):
     return DiffusersControlNetRepair(parts, **{"crop": 16, "fit_steps": 6, "rank": 4, "alpha": 4.0, **settings})
 

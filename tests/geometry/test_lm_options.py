@@ -8,7 +8,6 @@ from dataclasses import asdict, astuple, fields, replace
 import pytest
 import torch
 
-from surefoot.datasets.scenes import courtyard360
 from surefoot.errors import InvalidInput
 from surefoot.geometry.lm_gaussian import (
     Budget,
@@ -35,19 +34,13 @@ from surefoot.nn.geometry.rasterizer import rasterize
 from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
 pytest.importorskip("skimage")
-SIZE, COUNT = 24, 4
+SIZE, COUNT = 24, 4  # of the photos in `views`
 BUDGET = Budget(align_steps=6, steps=10, refine_steps=8, splats=250, virtual_per_gap=2, path_frames=3, keep_early=2)
 FLAGS = [f.name for f in fields(Switches) if f.type == "bool"]
 
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def views():
-    scene = courtyard360(SIZE, train=COUNT)
-    return [scene.view(camera, supersample=1) for camera in scene.train]
 
 
 class Normals:

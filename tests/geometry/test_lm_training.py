@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from surefoot.datasets.scenes import courtyard360
 from surefoot.geometry.lm_gaussian import (
     Budget,
     MultiModalLoss,
@@ -32,7 +31,7 @@ from surefoot.nn.geometry.densification import DensificationStrategy
 from surefoot.nn.geometry.splats import NAMES, GaussianScene
 
 pytest.importorskip("skimage")
-SIZE, COUNT = 24, 4
+SIZE, COUNT = 24, 4  # of the photos in `views`
 
 
 class Stop(Exception):
@@ -41,12 +40,6 @@ class Stop(Exception):
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def views():
-    scene = courtyard360(SIZE, train=COUNT)
-    return [scene.view(camera, supersample=1) for camera in scene.train]
 
 
 @pytest.fixture(scope="module")

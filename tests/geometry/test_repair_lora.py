@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 import peft
 from surefoot.errors import InvalidInput
-from surefoot.geometry.lm_gaussian import ControlNetParts, DiffusersControlNetRepair
+from surefoot.geometry.lm_gaussian import DiffusersControlNetRepair
 from surefoot.geometry.lm_gaussian.diffusers_repair import Denoiser
 from surefoot.nn.lora import add_lora_, lora_layers, shared_copy
 from surefoot.nn.lora_files import load_peft_factors, lora_factors, save_peft, set_lora_factors_
@@ -22,11 +22,6 @@ from surefoot.nn.lora_files import load_peft_factors, lora_factors, save_peft, s
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def parts(controlnet_folder):
-    return ControlNetParts.load(controlnet_folder)
 
 
 def prior(parts, **settings):

@@ -42,10 +42,8 @@ from surefoot.nn.bounds import (
 
 SHARES = (0.25, 0.5, 1.0)  # of eps, for the curve
 STEPS = 20  # of the attack that spares proofs which cannot succeed
-BATCH, MEMORY_MB = (
-    16,
-    32.0,
-)  # of the dear bounds: their coefficients are read often, so they should stay near the processor
+# Of the dear bounds: their coefficients are read often, so they should stay near the processor.
+BATCH, MEMORY_MB = 16, 32.0
 
 
 def neuron_count(model: torch.nn.Module, example: Tensor) -> int:
@@ -76,13 +74,17 @@ class _Search:
         self.broken = self.proven.clone()
         self.by_ibp = self.proven[0].clone()
 
-    def prove(self, among: Tensor, share: float, method: Method, **settings: float) -> Tensor:
+    def prove(
+        self, among: Tensor, share: float, method: Method, *, batch_size: int = 64, memory_mb: float = 256.0
+    ) -> Tensor:
         """bool [N]: which of the images `among` (bool [N]) are proven at this share of eps."""
         found = torch.zeros_like(self.clean)
         index = among.nonzero().flatten()
         if len(index):
             at = index.to(self.x.device)
-            found[index] = verified(self.model, self.x[at], self.y[at], share * self.eps, method=method, bounds=self.bounds, **settings).cpu()  # type: ignore[arg-type]  # fmt: skip
+            found[index] = verified(
+                self.model, self.x[at], self.y[at], share * self.eps, method=method, bounds=self.bounds, batch_size=batch_size, memory_mb=memory_mb
+            ).cpu()  # fmt: skip
         return found
 
     def cheap(self) -> None:
