@@ -14,9 +14,11 @@ def numbers() -> str:
     works = [m for m in catalog.methods() if catalog.works(m)]
     claims = [v for m in works for tier in catalog.verdicts(m).values() for v in tier.values()]
     counts = {v: claims.count(v) for v in ("holds", "inconclusive", "contradicted")}
-    standard = sum("standard" in catalog.verdicts(m) for m in works)
+    tiers = [(tier, record) for m in works for tier, record in catalog.records(m).items()]
+    standard = sum(tier == "standard" for tier, _ in tiers)
+    fewest = {name: min(len(record["seeds"]) for tier, record in tiers if tier == name) for name in ("embedded", "standard")}  # fmt: skip
     lines = [
-        f"{len(works)} of {len(catalog.methods())} methods work, with {len(claims)} claims tried (over five seeds or more, three for real photos): {counts['holds']} hold, "
+        f"{len(works)} of {len(catalog.methods())} methods work, with {len(claims)} claims tried (over at least {fewest['embedded']} seeds, or {fewest['standard']} on large data): {counts['holds']} hold, "
         f"{counts['inconclusive']} are inconclusive, {counts['contradicted']} are contradicted at this scale. {standard} methods have also been tried on real data, "
         f"MNIST, Fashion-MNIST or photos. An audit has {len(catalog.instruments())} instruments.",
         "",

@@ -138,15 +138,20 @@ def works(method: Method) -> bool:
     )
 
 
-def verdicts(method: Method) -> dict[str, dict[str, str]]:
-    """Tier -> claim -> verdict, from the committed evidence."""
+def records(method: Method) -> dict[str, dict[str, Any]]:
+    """Tier -> record of the trial, from the committed evidence."""
     found = evidence(method)
     if found is None:
         return {}
     tiers = {str(found.get("tier", "embedded")): found}
     if "standard" in found:
         tiers["standard"] = found["standard"]
-    return {tier: {c["claim"]: c["verdict"] for c in data["claims"]} for tier, data in tiers.items()}
+    return tiers
+
+
+def verdicts(method: Method) -> dict[str, dict[str, str]]:
+    """Tier -> claim -> verdict, from the committed evidence."""
+    return {tier: {c["claim"]: c["verdict"] for c in data["claims"]} for tier, data in records(method).items()}
 
 
 def is_curve_point(metric: str) -> bool:
