@@ -22,6 +22,7 @@ from surefoot.core.work import affordable, cut_note, forward_flops
 from surefoot.errors import check, check_at_least, check_positive
 
 HOLDOUT = 0.36  # share of the validation split that fits PTT, as 200 of 550
+DRAWS = 256  # with many fewer, sampling error alone fills the sets
 STEPS, EOT = 20, 8  # of the attack
 LEAST = 25  # test examples however large the model
 SAMPLING = 0.3  # of the score's range: with more lost to sampling error, full sets do not speak of the model
@@ -32,7 +33,7 @@ class RobustSets(Instrument):
     """Average size of RSCP+ sets with PTT (HPS score, Hoeffding's bound) at L2 attack size `eps`; calibrated on the validation split.
 
     The parts are the coverage of the sets, clean and under an attack that sees through the noise, and what plain conformal sets of
-    the same model do under an attack of that size. `num_samples` None: by the budget.
+    the same model do under an attack of that size. `num_samples` None: 256.
     """
 
     slug: ClassVar[str] = "robust_sets"
@@ -61,7 +62,7 @@ class RobustSets(Instrument):
 
     def measure(self, subject: Subject, task: Task) -> Finding:
         most = task.pick(quick=50, standard=150, thorough=500)
-        draws = self.num_samples or task.pick(quick=64, standard=256, thorough=256)
+        draws = self.num_samples or DRAWS
         held, calibration = self._calibration(task)
         test = task.sample(self.slug, self._affordable(subject, task, most, draws, len(calibration)))
         for split in (held, calibration, test):
