@@ -15,7 +15,6 @@ arXiv 2106.09685; Meng et al., SDEdit, 2021, arXiv 2108.01073; Song, Meng, Ermon
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_positive
+from surefoot.geometry.lm_gaussian.fitting import OnFit, fit_steps
 from surefoot.geometry.lm_gaussian.local_models import check_folder, diffusers_library, load_part
+from surefoot.geometry.lm_gaussian.stages import Checkpoint
 from surefoot.nn.diffusion import guided
 from surefoot.nn.lora import add_lora_, lora_layers, remove_lora_, shared_copy
 from surefoot.nn.lora_files import diffusers_tensors, load_peft_factors, lora_factors, save_peft, set_lora_factors_
@@ -181,7 +182,7 @@ class DiffusersControlNetRepair:
     guidance: float = 1.0
     eta: float = 1.0
     batch: int = 4  # renderings denoised at once
-    on_step: Callable[[int, int, float], None] | None = field(default=None, repr=False)
+    on_step: OnFit | None = field(default=None, repr=False)
     net_: Denoiser | None = field(default=None, repr=False)
     losses_: list[float] = field(default_factory=list, repr=False)
 
@@ -210,24 +211,32 @@ class DiffusersControlNetRepair:
     def name(self) -> str:
         return f"{self.parts.name}, LoRA of rank {self.rank} on this scene"
 
-    def fit(self, degraded: Tensor, clean: Tensor, *, generator: torch.Generator) -> None:  # [P, H, W, 3] twice
-        """Fit LoRA to the pairs, from the base each time."""
+    def fit(
+        self,
+        degraded: Tensor,  # [P, H, W, 3] in [0, 1], renderings
+        clean: Tensor,  # [P, H, W, 3] in [0, 1], their photos
+        *,
+        generator: torch.Generator,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Fit LoRA to the pairs, from the base each time. `checkpoint`: take up the fit that it holds, and keep this one there (factors and moments,
+        three times the LoRA in float32). Raises `InvalidInput` for pairs that do not match and a loss that diverges."""
         check(degraded.shape == clean.shape and degraded.dim() == 4 and degraded.shape[-1] == 3 and len(clean) > 0, f"degraded and clean must both be [P, H, W, 3], got {tuple(degraded.shape)} and {tuple(clean.shape)}.")  # fmt: skip
         pairs = tuple(self._enlarged(t.to(self.parts.device)) for t in (degraded, clean))
         net = self.parts.adapted(self.rank, self.alpha, generator)
-        trained = [p for network in net for p in network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, self.lr)
-        ids, losses = self.parts.ids(self.prompt), []
-        for step in range(self.fit_steps):
+        trained = {f"{part}.{name}": p for part, network in net._asdict().items() for name, p in network.named_parameters() if p.requires_grad}  # fmt: skip
+        optimizer = torch.optim.AdamW(trained.values(), self.lr)
+        ids = self.parts.ids(self.prompt)
+
+        def loss_at(_: int) -> Tensor:
             control, x = same_crop(pairs, self.crop, generator)
-            loss = self._loss(net, ids, control, x, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            if self.on_step is not None:
-                self.on_step(step + 1, self.fit_steps, losses[-1])
-        check(all(value == value for value in losses), "The repair model's loss became NaN; lower lr, or use bfloat16 or float32 weights.")  # fmt: skip
+            return self._loss(net, ids, control, x, generator)
+
+        asked = repr((self.parts.name, self.prompt, self.rank, self.alpha, self.lr, self.crop))
+        losses = fit_steps(
+            loss_at, trained, optimizer, steps=self.fit_steps, lr_at=lambda _: self.lr, asked=asked, generator=generator, checkpoint=checkpoint,
+            on_step=self.on_step,
+        )  # fmt: skip
         self.net_, self.losses_ = Denoiser(*(network.requires_grad_(False) for network in net)), losses
 
     def _loss(self, net: Denoiser, ids: Tensor, control: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:

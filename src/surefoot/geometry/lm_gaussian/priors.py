@@ -108,7 +108,11 @@ class MonoNormalPrior(Protocol):
 
 
 class ImageRepairPrior(Protocol):
-    """A model that turns a faulty rendering into a plausible photo of this place."""
+    """A model that turns a faulty rendering into a plausible photo of this place.
+
+    With `state_dict` and `load_state_dict` it is kept once it is fitted; if `fit` takes `checkpoint` too (`stages.Checkpoint`, which has `load`, `due` and
+    `save`; see `fitting.fit_steps`), a fit that is stopped goes on from there.
+    """
 
     @property
     def name(self) -> str: ...

@@ -10,7 +10,6 @@ overlapping patches that are blended by Hann windows. It knows this scene only; 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, check, check_at_least
+from surefoot.geometry.lm_gaussian.fitting import OnFit, fit_steps
+from surefoot.geometry.lm_gaussian.stages import Checkpoint
 from surefoot.nn.diffusion import cosine_alphas_bar, noised
 
 
@@ -83,13 +84,24 @@ class PatchDenoiserRepair:
     times: int = 200
     sample_steps: int = 10
     widths: tuple[int, int, int] = (32, 64, 96)
-    on_step: Callable[[int, int, float], None] | None = field(default=None, repr=False)
+    on_step: OnFit | None = field(default=None, repr=False)
     net_: PatchUNet | None = field(default=None, repr=False)
     losses_: list[float] = field(default_factory=list, repr=False)
     name: str = "patch denoiser trained on this scene's photos"
 
-    def fit(self, degraded: Tensor, clean: Tensor, *, generator: torch.Generator) -> None:  # [P, H, W, 3] twice
-        """Learn degraded -> clean; each half batch is widened by synthetic blurs and blobs."""
+    def fit(
+        self,
+        degraded: Tensor,  # [P, H, W, 3] in [0, 1], renderings
+        clean: Tensor,  # [P, H, W, 3] in [0, 1], their photos
+        *,
+        generator: torch.Generator,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Learn degraded -> clean, from nothing each time; each half batch is widened by synthetic blurs and blobs.
+
+        `checkpoint`: take up the fit that it holds, and keep this one there; the end is the same to the bit. `on_step(step, steps, loss)` may raise to
+        interrupt: then the prior is what it was. Raises `InvalidInput` for pairs that do not match, pictures below 8 pixels, and a loss that diverges.
+        """
         check(degraded.shape == clean.shape and degraded.dim() == 4, f"degraded and clean must both be [P, H, W, 3], got {tuple(degraded.shape)} and {tuple(clean.shape)}.")  # fmt: skip
         check_at_least("image side", min(clean.shape[1:3]), 8)
         with torch.random.fork_rng([]):
@@ -98,21 +110,20 @@ class PatchDenoiserRepair:
         bad, good = (2 * t.permute(0, 3, 1, 2) - 1 for t in (degraded, clean))
         side = min(self.patch, *(4 * (s // 4) for s in good.shape[2:]))
         optimizer = torch.optim.AdamW(net.parameters(), self.lr)
-        levels, self.losses_ = cosine_alphas_bar(self.times).to(clean.device), []
-        for step in range(self.fit_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.fit_steps))
+        levels = cosine_alphas_bar(self.times).to(clean.device)
+
+        def loss_at(_: int) -> Tensor:
             x, condition, place = self._batch(bad, good, side, generator)
             t = _below(self.times, len(x), x, generator)
             noise = _normal(x, generator)
-            loss = F.mse_loss(condition + net(noised(x, t, noise, levels), condition, place, t), x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            self.losses_.append(float(loss.detach()))
-            if self.on_step is not None:
-                self.on_step(step + 1, self.fit_steps, self.losses_[-1])
-        self.net_ = net.eval()
+            return F.mse_loss(condition + net(noised(x, t, noise, levels), condition, place, t), x)
+
+        losses = fit_steps(
+            loss_at, dict(net.named_parameters()), optimizer, steps=self.fit_steps,
+            lr_at=lambda step: self.lr * 0.5 * (1 + math.cos(math.pi * step / self.fit_steps)), asked=repr(self), generator=generator,
+            checkpoint=checkpoint, on_step=self.on_step,
+        )  # fmt: skip
+        self.net_, self.losses_ = net.eval(), losses
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted model, for `load_state_dict` of a prior with the same settings."""

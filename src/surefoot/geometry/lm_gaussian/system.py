@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -256,14 +257,16 @@ class _Run:
         return replace(self.budget.rates, means=self.budget.rates.means / 4)
 
     def _fit(self, prior: ImageRepairPrior, course: Course, photos: Tensor) -> None:
-        """Fit the repair model, or take the fitted one from disk if it can be kept there. Stage 3 may ask it even where stage 2 is finished."""
+        """Fit the repair model, or take the fitted or half fitted one from disk if it can be kept there. Stage 3 may ask it even where stage 2 is
+        finished."""
         stages = self.stages
         keeps = stages is not None and hasattr(prior, "state_dict") and hasattr(prior, "load_state_dict")
         saved = stages.get("repair", self.generator) if keeps and stages is not None else None
         if saved is not None:
             prior.load_state_dict(saved)  # type: ignore[attr-defined]
         elif keeps or stages is None or not stages.finished("refine"):
-            prior.fit(*collect_repair_pairs(course, photos), generator=self.generator)
+            inside = {"checkpoint": self.kept("repair")} if keeps and "checkpoint" in inspect.signature(prior.fit).parameters else {}  # fmt: skip
+            prior.fit(*collect_repair_pairs(course, photos), generator=self.generator, **inside)
             if keeps and stages is not None:
                 stages.put("repair", prior.state_dict(), self.generator)  # type: ignore[attr-defined]
 
