@@ -62,6 +62,7 @@ def reconstruction(device: torch.device) -> None:
         reconstruct,
         refine_pose,
     )
+    from surefoot.geometry.lm_gaussian.evaluate import point_floaters, rendered_floaters, score_pose_free
     from surefoot.geometry.lm_gaussian.outputs import save_result
     from surefoot.nn.geometry.camera_files import save_llff, save_nerfstudio
 
@@ -72,9 +73,14 @@ def reconstruction(device: torch.device) -> None:
     for generator in (torch.Generator(), torch.Generator(device)):
         result = reconstruct(
             [v.rgb.to(device) for v in views], stereo_prior=OracleStereoPrior(views), depth_prior=OracleMonoPrior(views), repair_prior=repair,
-            video_prior=TemporalFilterEnhance(repair), switches=Switches(rounds=1), budget=budget, generator=generator.manual_seed(0),
+            video_prior=TemporalFilterEnhance(repair), switches=Switches(rounds=1, mask_unreliable=True), budget=budget, optimize_poses=True,
+            generator=generator.manual_seed(0),
         )  # fmt: skip
     camera = refine_pose(result.scene, result.cameras[0], views[0].rgb.to(device), steps=2)
+    photos, depths = (torch.stack([getattr(v, name) for v in views]).to(device) for name in ("rgb", "depth"))
+    score_pose_free(result.scene, result.cameras, scene.train, scene.train[:2], photos[:2], steps=2)
+    point_floaters(result.cloud.points.to(device), result.cameras, depths)
+    rendered_floaters(result.scene, result.cameras[:1], depths[:1])
     with tempfile.TemporaryDirectory() as folder:
         save_result(result, Path(folder), repair=repair)
         save_nerfstudio(Path(folder) / "transforms.json", [camera])

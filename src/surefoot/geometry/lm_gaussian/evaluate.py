@@ -118,7 +118,7 @@ def score_pose_free(
     errors = pose_errors(estimated, true_train)
     back = errors.similarity.inverse()
     K = torch.stack([c.K for c in estimated]).mean(0)
-    mapped = [back.camera(c.to(torch.float64)).to(scene.means.dtype) for c in true_test]
+    mapped = [back.camera(c.to(scene.means.device, torch.float64)).to(scene.means.dtype) for c in true_test]
     mapped = [Camera(K.to(c.K), c.w2c, c.width, c.height, c.name) for c in mapped]
     refined = [
         refine_pose(scene, c, image, steps=steps, lr=lr, background=background)
@@ -137,7 +137,7 @@ def point_floaters(
     points: Tensor, cameras: Sequence[Camera], depths: Tensor, *, share: float = 0.85, foreground: float = 5.0
 ) -> float:
     """Share of the points that some view sees at less than `share` of a true foreground depth."""
-    floats = torch.zeros(len(points), dtype=torch.bool)
+    floats = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     for camera, depth in zip(cameras, depths, strict=True):
         uv, z = project(points, camera)
         column, row = uv.floor().long().unbind(1)
@@ -156,7 +156,7 @@ def rendered_floaters(
     Found by rendering the scene with the splats that stand nearer than each pixel's limit removed from the count: alpha with all splats,
     against alpha of those in front, in slabs of depth.
     """
-    totals = torch.zeros(2, 2, dtype=torch.float64)
+    totals = torch.zeros(2, 2, dtype=torch.float64, device=scene.means.device)
     for camera, depth in zip(cameras, depths, strict=True):
         front = _alpha_in_front(scene, camera, share * depth)
         alpha = rasterize(scene, camera).alpha
@@ -170,7 +170,7 @@ def _alpha_in_front(scene: GaussianScene, camera: Camera, limit: Tensor, slabs: 
     """Alpha of the splats nearer than `limit` [H, W], by a front-to-back sweep over depth slabs."""
     splats = scene.splats()
     z = (splats.means @ camera.w2c[:3, :3].mT + camera.w2c[:3, 3])[:, 2]
-    edges = limit.flatten().quantile(torch.linspace(0, 1, slabs + 1, dtype=limit.dtype))
+    edges = limit.flatten().quantile(torch.linspace(0, 1, slabs + 1, dtype=limit.dtype, device=limit.device))
     result = torch.zeros_like(limit)
     for low, high in itertools.pairwise(edges):
         near = z < (low + high) / 2

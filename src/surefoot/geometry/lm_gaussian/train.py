@@ -263,7 +263,7 @@ def repaired_views(
 
 def _low_pass(images: Tensor, sigma: float = 4.0) -> Tensor:  # [V, H, W, 3]
     reach = 12
-    line = torch.exp(-(torch.arange(-reach, reach + 1, dtype=images.dtype) ** 2) / (2 * sigma**2))
+    line = torch.exp(-(torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device) ** 2) / (2 * sigma**2))
     line = (line / line.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)
     x = images.permute(0, 3, 1, 2)
     x = nn.functional.conv2d(nn.functional.pad(x, (reach, reach, 0, 0), mode="replicate"), line, groups=3)

@@ -88,10 +88,12 @@ class PoseErrors:
 
 
 def pose_errors(estimated: Sequence[Camera], true: Sequence[Camera]) -> PoseErrors:
-    """Needs at least three cameras that do not stand on one line."""
+    """Needs at least three cameras that do not stand on one line. Computed in float64 where the estimated cameras are."""
     check(len(estimated) == len(true), f"There are {len(estimated)} estimated and {len(true)} true cameras.")
-    a, b = (torch.stack([c.centre.double() for c in cameras]) for cameras in (estimated, true))
+    device = estimated[0].w2c.device if estimated else torch.device("cpu")
+    estimated, true = ([c.to(device, torch.float64) for c in cameras] for cameras in (estimated, true))
+    a, b = (torch.stack([c.centre for c in cameras]) for cameras in (estimated, true))
     fit = umeyama(a, b)
-    moved = [fit.camera(c.to(torch.float64)) for c in estimated]
+    moved = [fit.camera(c) for c in estimated]
     angle = torch.stack([rotation_angle(m.w2c[:3, :3], c.w2c[:3, :3]) for m, c in zip(moved, true, strict=True)])
     return PoseErrors(angle, (fit.apply(a) - b).norm(dim=1), fit)

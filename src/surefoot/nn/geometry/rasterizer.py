@@ -80,7 +80,8 @@ def rasterize(
     """Render a scene. Every input has a gradient: means, scales, quaternions, opacities, SH, background, and the camera's w2c and K.
 
     `eps2d` widens each splat by that many square pixels (the low-pass of the original); `near` culls what is closer; `tile` defaults
-    to 8 on the CPU and 16 elsewhere. `backend="auto"` takes gsplat where the tensors are on a GPU and it is installed.
+    to 8 on the CPU and 16 elsewhere. `backend="auto"` takes gsplat where it is installed, the tensors are float32 on a GPU, and K needs
+    no gradient (gsplat has none); the two differ as `surefoot.nn.geometry.gsplat_backend` says.
     """
     splats, degree = _activated(scene, sh_degree)
     check_choice("backend", backend, ("auto", "torch", "gsplat"))
@@ -90,7 +91,7 @@ def rasterize(
     if backend != "torch":
         from surefoot.nn.geometry import gsplat_backend
 
-        if backend == "gsplat" or gsplat_backend.available(splats.means):
+        if backend == "gsplat" or gsplat_backend.available(splats, camera):
             return gsplat_backend.rasterize(splats, camera, background, degree, normals=normals, eps2d=eps2d, near=near)
     flat = project_splats(splats, camera, eps2d=eps2d, near=near)
     if flat.means2d.requires_grad:
