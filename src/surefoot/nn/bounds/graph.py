@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from surefoot.errors import SurefootError, UnsupportedOp
+from surefoot.nn.bounds.kernels import keep_freed_memory
 from surefoot.nn.bounds.operators import Box, Op, Rectifier, Scale
 from surefoot.nn.bounds.rules import RULES, Ref, module_rule
 
@@ -78,6 +79,7 @@ class Program:
         self.model = model
         self.nodes = tuple(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        keep_freed_memory()
 
     @property
     def needs_clean(self) -> bool:
