@@ -26,8 +26,9 @@ from surefoot.geometry.lm_gaussian import (
     VggtPrior,
     load_backends,
 )
-from surefoot.geometry.lm_gaussian.backends import Backends, aligned, ask_pairs, oriented, parse
+from surefoot.geometry.lm_gaussian.backends import Backends, aligned, oriented, parse
 from surefoot.geometry.lm_gaussian.networks import decode_pose, nearest
+from surefoot.geometry.lm_gaussian.pairs import ask_pairs
 from surefoot.geometry.lm_gaussian.run import reconstruct_photos
 from surefoot.nn.geometry.alignment import pose_errors
 from surefoot.nn.geometry.cameras import back_project, transform
@@ -191,7 +192,7 @@ def test_networks_come_from_files_and_pickles_are_refused(tmp_path):
 
 
 def test_pairs_of_a_network_align_to_the_true_cameras(views):
-    pairs = ask_pairs(Dust3rPrior(Dust3rLike(views), side=SIZE), [v.rgb for v in views], SIZE, SIZE)
+    pairs = ask_pairs(Dust3rPrior(Dust3rLike(views), side=SIZE), [v.rgb for v in views], size=(SIZE, SIZE))
     found = aligned(pairs, [f"p{k}" for k in range(6)], steps=60, cleaning=False)
     errors = pose_errors(found.cameras, [v.camera for v in views])
     assert errors.rotation_degrees.max() < 0.5 and found.registered == tuple(range(6))

@@ -32,7 +32,6 @@ from surefoot.geometry.lm_gaussian.priors import (
     PairPointmaps,
     StereoPrior,
     VideoEnhancePrior,
-    all_pairs,
 )
 from surefoot.geometry.lm_gaussian.repair import PatchDenoiserRepair
 from surefoot.geometry.lm_gaussian.stages import Checkpoint
@@ -137,19 +136,6 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 # ------------------------------------------------------------------------------------------------------ at two sizes
-
-
-def ask_pairs(
-    prior: StereoPrior, images: Sequence[Tensor], width: int, height: int, progress: Callable[[int, int], None] | None = None
-) -> list[PairPointmaps]:  # fmt: skip
-    """Every pair's maps, brought to the size of the splats one by one."""
-    wanted, pairs = all_pairs(len(images)), []
-    for i, j in wanted:
-        pair = prior.predict(i, j, images[i], images[j]).checked()
-        pairs.append(pair._replace(**{k: nearest(getattr(pair, k)[None], height, width)[0] for k in pair._fields[2:]}))
-        if progress is not None:
-            progress(len(pairs), len(wanted))
-    return pairs
 
 
 def first_depths(pairs: Sequence[PairPointmaps], n: int) -> tuple[Tensor, Tensor]:  # [n, H, W] twice

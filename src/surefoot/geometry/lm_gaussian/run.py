@@ -15,13 +15,13 @@ from surefoot.geometry.lm_gaussian.backends import (
     Answers,
     Backends,
     aligned,
-    ask_pairs,
     asked,
     first_depths,
     oriented,
     resized,
 )
 from surefoot.geometry.lm_gaussian.evaluate import perceptual_distance, refine_pose, score_views
+from surefoot.geometry.lm_gaussian.pairs import PairStore, ask_pairs
 from surefoot.geometry.lm_gaussian.priors import MultiView, StereoPrior
 from surefoot.geometry.lm_gaussian.settings import Budget, Mode, Progress, Switches
 from surefoot.geometry.lm_gaussian.stages import StageStore, cameras_from_dict, cameras_to_dict, cloud_to_dict, once
@@ -104,11 +104,14 @@ def reconstruct_photos(
     priors = [None if p is None else p.name for p in (backends.stereo, backends.depth)]
     asked_for = (list(names), size, seed, priors, backends.asked, switches, budget, None if K is None else K.tolist())
     views = None if folder is None else StageStore.of(folder / "stages", large, *asked_for)
+    pairs = None if folder is None or not isinstance(backends.stereo, StereoPrior) else PairStore.of(folder / "stages", backends.stereo, large, backends.asked[:1], (width, height))  # fmt: skip
     found, note, who = once(
         views, "views", torch.Generator(),
-        lambda: _views(images, large, names, mono, (width, height), backends, switches, budget, K, seed, progress, views),
+        lambda: _views(images, large, names, mono, (width, height), backends, switches, budget, K, seed, progress, views, pairs),
         _views_to_dict, _views_from_dict,
     )  # fmt: skip
+    if pairs is not None:
+        pairs.clear()
     mono = mono if mono is None or note is None else -mono
     held = list(found.registered[::eval_every]) if eval_every else []
     train = [k for k in found.registered if k not in held]
@@ -157,6 +160,7 @@ def reconstruct_photos(
 def _views(
     images: Sequence[Tensor], large: Sequence[Tensor], names: Sequence[str], mono: Tensor | None, size: tuple[int, int], backends: Backends,
     switches: Switches, budget: Budget, K: Tensor | None, seed: int, progress: Progress | None, stages: StageStore | None,
+    kept: PairStore | None,
 ) -> tuple[MultiView, str | None, str]:  # fmt: skip
     """The views at splat size, why the mono depths have to be turned over (None where not), and who found the views."""
     width, height = size
@@ -172,7 +176,7 @@ def _views(
     tell("poses")(0, 1)
     prior = backends.stereo
     if isinstance(prior, StereoPrior):
-        pairs = ask_pairs(prior, large, width, height, tell("poses"))
+        pairs = ask_pairs(prior, large, size=size, store=kept, progress=tell("poses"))
         if mono is not None:
             mono, note = oriented(mono, *first_depths(pairs, len(images)))
         guide = mono if switches.depth_guidance else None

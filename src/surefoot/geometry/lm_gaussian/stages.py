@@ -33,6 +33,32 @@ class Course:
     cameras: tuple[Camera, ...] = ()  # where the optimised poses ended; empty if they were not optimised
 
 
+def save_whole(content: dict[str, Any], path: Path) -> None:
+    """Tensors and plain values in a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def load_whole(path: Path) -> dict[str, Any] | None:
+    """What `save_whole` wrote; None where there is no such file, or a damaged one. Nothing in it is run."""
+    try:
+        found = torch.load(path, weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ):  # what garbage gives rise to
+        return None
+    return found if isinstance(found, dict) else None
+
+
 @dataclass(frozen=True)
 class StageStore:
     """Files of one run, named by stage and by a key of all that the run was asked; a file of another run is never read.
@@ -58,18 +84,14 @@ class StageStore:
 
     def get(self, stage: str, generator: torch.Generator) -> dict[str, Any] | None:
         """What the stage left, and the generator where it stood then; None if it has not been finished (or its file is damaged)."""
-        try:
-            saved = torch.load(self._path(stage), weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        saved = load_whole(self._path(stage))
+        if saved is None:
             return None
         generator.set_state(saved.pop("generator"))
         return saved
 
     def put(self, stage: str, content: dict[str, Any], generator: torch.Generator) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._path(stage).with_suffix(f".{os.getpid()}")
-        torch.save({**content, "generator": generator.get_state()}, partial)
-        partial.replace(self._path(stage))
+        save_whole({**content, "generator": generator.get_state()}, self._path(stage))
         for left in self.folder.glob(f"{stage}{_UNFINISHED}-{self.key}.*"):
             left.unlink()
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from surefoot.errors import InvalidInput, check
 from surefoot.geometry.lm_gaussian.align import GlobalAlignment, align_pointmaps
 from surefoot.geometry.lm_gaussian.clean import Cleaned, clean_cloud, cloud_of
-from surefoot.geometry.lm_gaussian.priors import MonoDepthPrior, MultiView, MultiViewPrior, StereoPrior, all_pairs
+from surefoot.geometry.lm_gaussian.pairs import PairStore, ask_pairs
+from surefoot.geometry.lm_gaussian.priors import MonoDepthPrior, MultiView, MultiViewPrior, StereoPrior
 from surefoot.geometry.lm_gaussian.settings import Budget, Progress, Switches
 from surefoot.geometry.lm_gaussian.stages import Checkpoint, cameras_from_dict, cameras_to_dict, cloud_to_dict
 from surefoot.nn.geometry.cameras import Camera
@@ -78,8 +79,10 @@ def start_scene(
     generator: torch.Generator,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    kept: PairStore | None = None,
 ) -> Start:
-    """Stage 0: poses, depths and the cleaned cloud. An alignment that `checkpoint` holds is taken up, and this one kept there.
+    """Stage 0: poses, depths and the cleaned cloud. An alignment that `checkpoint` holds is taken up, and this one kept there; pairs that `kept` holds
+    are not asked for again.
 
     Everything moves to the photos' device, wherever the priors answered.
     """
@@ -92,7 +95,7 @@ def start_scene(
     report: dict[str, Any] = {"stereo": stereo_prior.name, "depth": None if depth_prior is None else depth_prior.name}
     if isinstance(stereo_prior, StereoPrior):
         n = len(images)
-        pairs = [stereo_prior.predict(i, j, images[i], images[j]).to(stack.device) for i, j in all_pairs(n)]
+        pairs = [pair.to(stack.device) for pair in ask_pairs(stereo_prior, images, store=kept)]
         known = None if K is None else K.to(stack).expand(n, 3, 3)
 
         def tell(step: int, steps: int, loss: float) -> None:

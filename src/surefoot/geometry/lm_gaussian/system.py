@@ -16,6 +16,7 @@ from surefoot.errors import InvalidInput, check_choice
 from surefoot.geometry.lm_gaussian.enhance import distill, enhance_video, render_path, smooth_path
 from surefoot.geometry.lm_gaussian.evaluate import score_views
 from surefoot.geometry.lm_gaussian.losses import camera_tour, virtual_cameras
+from surefoot.geometry.lm_gaussian.pairs import PairStore
 from surefoot.geometry.lm_gaussian.priors import (
     ImageRepairPrior,
     MonoDepthPrior,
@@ -170,7 +171,10 @@ def reconstruct(
         raise InvalidInput("distill_steps feeds enhanced frames back, and nobody enhances them; give a video_prior, or set distill_steps to 0.")  # fmt: skip
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     run = _Run(mode, switches, budget, generator, progress, stages)
-    start = run.once("start", lambda: start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress, checkpoint=run.kept("start")), start_to_dict, start_from_dict)  # fmt: skip
+    pairs = None if stages is None or not isinstance(stereo_prior, StereoPrior) else PairStore.of(stages.folder, stereo_prior, images)  # fmt: skip
+    start = run.once("start", lambda: start_scene(images, stereo_prior, names=names, depth_prior=depth_prior, K=K, switches=switches, budget=budget, generator=generator, progress=progress, checkpoint=run.kept("start"), kept=pairs), start_to_dict, start_from_dict)  # fmt: skip
+    if pairs is not None:
+        pairs.clear()
     photos = torch.stack([images[k] for k in start.registered])
     mono, normals = (None if p is None else torch.stack([p.predict(k, images[k]).to(photos) for k in start.registered]) for p in (depth_prior, normal_prior))  # fmt: skip
     scene, course = run.train(start, photos, mono, normals, optimize_poses)
