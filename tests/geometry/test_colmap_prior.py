@@ -15,7 +15,14 @@ from surefoot.errors import InvalidInput
 from surefoot.geometry.lm_gaussian.colmap import ColmapPrior, _notes
 from surefoot.geometry.lm_gaussian.ladder import RUNGS, Climb, chained, climb
 from surefoot.geometry.lm_gaussian.sweep import UNSUPPORTED, plane_sweep, track_support, zncc
-from surefoot.geometry.lm_gaussian.trust import LEAST_SHARE, agreement, doubts, fundamental_of, sampson_errors
+from surefoot.geometry.lm_gaussian.trust import (
+    LEAST_SHARE,
+    agreement,
+    doubts,
+    freed_focals,
+    fundamental_of,
+    sampson_errors,
+)
 from surefoot.nn.geometry.alignment import pose_errors
 from surefoot.nn.geometry.cameras import project
 from surefoot.nn.geometry.rotations import rotation_angle, so3_exp
@@ -159,6 +166,20 @@ def test_the_gate_does_not_believe_pixels_that_are_not_square(tmp_path):
     assert any("field of view found is 19 degrees" in note for note in doubts(pycolmap, truth, path, names, known=False))  # fmt: skip
 
 
+def test_the_gate_doubts_a_given_focal_length_that_the_photos_contradict(tmp_path):
+    pycolmap, path, truth = dataset(tmp_path, 5)
+    names = {image.name: image.name for image in truth.images.values()}
+    assert doubts(pycolmap, truth, path, names, known=True) == []
+    assert freed_focals(pycolmap, truth) == pytest.approx([900, 900], rel=0.02)
+    camera = truth.cameras[1]
+    for factor, told in ((1.05, False), (0.8, True), (1.2, True)):
+        camera.params = [900.0 * factor, 900.0 * factor, 512.0, 384.0]
+        said = [note for note in doubts(pycolmap, truth, path, names, known=True) if "focal length" in note]
+        assert bool(said) is told
+        assert camera.params[0] == 900.0 * factor  # the model is left alone
+    assert f"better than the {1080} that was given" in said[0]
+
+
 def test_the_ladder_is_climbed_on_doubts_and_says_what_it_tried(tmp_path):
     pycolmap, path, _ = dataset(tmp_path, 4)
     options = {"known": True, "seed": 0}
@@ -236,6 +257,24 @@ def test_the_fox_is_registered_without_a_false_alarm(n):
     assert (
         found.rung == {3: 3, 6: 2, 9: 1, 16: 1}[n]
     )  # at 3 photos the loose thresholds place all, by tens of degrees wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 6, 9])
+@pytest.mark.parametrize("factor", [1.0, 0.8, 1.2])
+def test_a_focal_length_given_for_the_fox_helps_or_is_doubted(n, factor):
+    """The true one is believed and holds the poses; one that is 20 percent off costs degrees or everything, and is told."""
+    scene = fox(multiview())
+    train = scene.split(n)[0]
+    K = scene.cameras[0].K.clone()
+    K[:2, :2] *= factor
+    found = ColmapPrior(dense=False).reconstruct([scene.images[k] for k in train], [scene.names[k] for k in train], K)
+    assert found.cameras[0].K[0, 0] == pytest.approx(float(K[0, 0]))  # what is known stays
+    if factor != 1.0:
+        assert any("focal length" in note for note in found.doubts)
+        return
+    assert found.doubts == () and len(found.registered) == n
+    assert pose_errors(found.cameras, [scene.cameras[k] for k in train]).rotation_degrees.max() < 2.5
 
 
 @pytest.mark.slow
