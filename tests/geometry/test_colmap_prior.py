@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from surefoot.datasets.scenes import courtyard360
-from surefoot.errors import InvalidInput
+from surefoot.errors import InvalidInput, MissingExtra
 from surefoot.geometry.lm_gaussian.colmap import ColmapPrior, _notes
 from surefoot.geometry.lm_gaussian.ladder import RUNGS, Climb, chained, climb
 from surefoot.geometry.lm_gaussian.sweep import UNSUPPORTED, plane_sweep, track_support, zncc
@@ -207,6 +208,13 @@ def test_missing_photos_groups_and_doubts_are_told():
     assert "2 groups that do not hang together (p0, p1, p2; p3, p4)" in notes[1]
     assert notes[2] == "odd"
     assert "needed the loose thresholds" in " ".join(_notes(found, files, range(5)))
+
+
+@pytest.mark.parametrize("module", ["pycolmap", "cv2"])
+def test_a_missing_library_is_named_with_its_extra(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtra, match=r"surefoot\[geometry\]"):
+        ColmapPrior().reconstruct([torch.rand(8, 8, 3)] * 2, ["a", "b"])
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -283,6 +283,52 @@ def test_bad_pairs(pairs):
             align_pointmaps([pairs[0]._replace(**change), *pairs[1:]])
     with pytest.raises(InvalidInput, match="constant"):
         align_pointmaps(pairs, mono_depth=torch.ones(COUNT, SIZE, SIZE))
+    with pytest.raises(InvalidInput, match="photos b, d;"):
+        align_pointmaps(pairs, names=list("abcde"), mono_depth=torch.stack([torch.ones(SIZE, SIZE) if k in (1, 3) else torch.rand(SIZE, SIZE) for k in range(COUNT)]))  # fmt: skip
+    with pytest.raises(InvalidInput, match="There are 2 names for 5 photos"):
+        align_pointmaps(pairs, names=["a", "b"])
+    with pytest.raises(InvalidInput, match="There are no pairs"):
+        align_pointmaps([])
+
+
+def unsure(pair):
+    return pair._replace(conf_i=torch.ones_like(pair.conf_i), conf_j=torch.ones_like(pair.conf_j))
+
+
+def test_photos_that_only_worthless_pairs_lead_to_are_named(pairs):
+    """A network answers every pair; one of no overlap has confidence 1, which is no weight, and would leave the pose to chance."""
+    loose = [unsure(p) if 3 in (p.i, p.j) else p for p in pairs]
+    with pytest.raises(InvalidInput, match=r"No chain of pairs leads to photos yard\.jpg; take photos that overlap"):
+        align_pointmaps(loose, names=["a.jpg", "b.jpg", "c.jpg", "yard.jpg", "e.jpg"])
+    with pytest.raises(InvalidInput, match="nothing ties the photos together"):
+        align_pointmaps([unsure(p) for p in pairs])
+    one = [p if (p.i, p.j) == (3, 0) else unsure(p) if 3 in (p.i, p.j) else p for p in pairs]
+    assert align_pointmaps(one, clean_every=None, steps=1).w2c.shape == (COUNT, 4, 4)  # one pair of weight is enough
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_photos_from_one_place_collapse(scene, exact):
+    """Five times the same photo: a scene from cameras that stand in one place would be a lie. A network's noise does not hide it."""
+    views = [scene.view(scene.train[0], supersample=1)] * COUNT
+    prior = OracleStereoPrior(views, **(EXACT if exact else {}))
+    same = [prior.predict(i, j, views[i].rgb, views[j].rgb) for i, j in all_pairs(COUNT)]
+    with pytest.raises(InvalidInput, match="collapsed: all cameras stand in one place"):
+        align_pointmaps(same, clean_every=None, steps=80)
+
+
+def test_a_fit_that_diverges_is_an_error(pairs):
+    with pytest.raises(InvalidInput, match="diverged at step"):
+        align_pointmaps(pairs, clean_every=None, steps=20, lr=1e4)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1.0, None), (1.05, None), (1.2, "17% shorter"), (0.8, "25% longer")])
+def test_a_given_focal_length_that_the_maps_contradict_is_told(scene, pairs, factor, told):
+    K = torch.stack([c.K for c in scene.train])
+    K[:, :2, :2] *= factor
+    fit = align_pointmaps(pairs, K=K, clean_every=None, steps=3)
+    said = [note for note in fit.notes if "focal length" in note]
+    assert torch.equal(fit.K, K) and bool(said) is (told is not None)
+    assert told is None or told in said[0]
 
 
 # ---------------------------------------------------------------- stopped, and with several threads

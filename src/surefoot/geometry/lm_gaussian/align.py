@@ -53,6 +53,7 @@ class GlobalAlignment:
 def align_pointmaps(
     pairs: Sequence[PairPointmaps],
     *,
+    names: Sequence[str] | None = None,
     mono_depth: Tensor | None = None,  # [n, H, W], any scale and shift
     K: Tensor | None = None,  # [n, 3, 3]: known intrinsics, else estimated
     w2c: Tensor
@@ -70,17 +71,23 @@ def align_pointmaps(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> GlobalAlignment:
-    """Fit one world to the pairs.
+    """Fit one world to the pairs; n is one more than the highest number of a photo in them.
 
+    - `names`: what the photos are called in errors and notes (default: their numbers).
     - `mono_depth`: depth guidance; None switches it off. `clean_every=None` switches cleaning off within the fit.
     - `K`, `w2c`: what is known is held fixed. Two known poses tell the scale, so from two on the gauge is switched off.
     - `shared_focal`: one camera took all photos (the photos' median focal is the start); else a focal a photo.
     - `adaptor`: each pair may also stretch its depth against its width (volume kept).
     - `damage(parameters)`: changes the starting point in place (for trying how far the fit comes back).
     - `checkpoint`: take up the fit that it holds, and keep this one there; the end is the same to the bit.
+
+    World units are arbitrary unless two poses are known; focal lengths are in pixels of the maps. Raises `InvalidInput` for maps that cannot be used,
+    photos that no pair of any confidence leads to, a depth prior that is constant, a fit that diverges, and cameras that collapse into one place.
     """
     n = 1 + max(max(p.i, p.j) for p in pairs) if pairs else 0
-    check_pairs(pairs, n)
+    called = [str(k) for k in range(n)] if names is None else list(names)
+    check(len(called) >= n, f"There are {len(called)} names for {n} photos.")
+    check_pairs(pairs, n, called)
     check_choice("depth_scope", depth_scope, ("unsure", "all"))
     check_at_least("steps", steps, 0)
     check_positive("lr", lr)
@@ -88,10 +95,12 @@ def align_pointmaps(
         flat = [k for k, m in enumerate(mono_depth) if float(m.std()) < 1e-8]
         check(
             not flat,
-            f"The depth prior is constant on photos {', '.join(map(str, flat))}; it orders nothing, so leave it out.",
+            f"The depth prior is constant on photos {', '.join(called[k] for k in flat)}; it orders nothing, so leave it out.",
         )
     known = _known(w2c, n)
-    options = FitOptions(K, known, shared_focal, adaptor, mono_depth, depth_scope, clean_every, tol, steps, lr)
+    options = FitOptions(
+        K, known, shared_focal, adaptor, mono_depth, depth_scope, clean_every, tol, steps, lr, tuple(called)
+    )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     saved = None if checkpoint is None else checkpoint.load(generator)
     dropped: list[tuple[int, int]] = [] if saved is None else [(i, j) for i, j in saved["dropped"]]

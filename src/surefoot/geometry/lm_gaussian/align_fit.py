@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import InvalidInput
-from surefoot.geometry.lm_gaussian.align_start import Pairs, focals_of, place
+from surefoot.geometry.lm_gaussian.align_start import Pairs, focal_notes, focals_of, place
 from surefoot.geometry.lm_gaussian.clean import clean_confidence
 from surefoot.geometry.lm_gaussian.losses import local_pearson_loss, pearson_depth_loss
 from surefoot.geometry.lm_gaussian.stages import Checkpoint, InnerCheckpoint
@@ -21,6 +21,8 @@ from surefoot.nn.geometry.rotations import invert_rigid, matrix_to_quaternion, q
 
 MEAN_LOG_SCALE = math.log(0.5)
 UNSURE = 5.0  # confidence below which the monocular depth may move a pixel
+# Cameras nearer together than this share of the median depth stand in one place: one photo repeated, with a stereo network's noise, spreads by .0004 to .0009.
+LEAST_SPREAD = 3e-3
 LOG_UNIT = 20.0  # focals and stretches are stored as 20 log: Adam's steps on them are twenty times smaller
 Progress = Callable[[int, int, float], None]  # step, steps, loss
 
@@ -48,6 +50,7 @@ class FitOptions:
     tol: float
     steps: int
     lr: float
+    names: tuple[str, ...]  # of the photos
 
 
 class Fit:
@@ -62,8 +65,8 @@ class Fit:
         with torch.no_grad():
             shared = options.shared_focal
             focals = focals_of(pairs, n, shared) if options.K is None else options.K[:, 0, 0].to(pairs.points)
-            placed = place(pairs, focals, options.known)
-            self.notes = placed.notes
+            placed = place(pairs, focals, options.known, options.names)
+            self.notes = placed.notes if options.K is None else placed.notes + focal_notes(pairs, focals)
             self.parameters: dict[str, Tensor] = {
                 "log_depth": placed.depths.clamp_min(1e-4).log(),
                 "quat": matrix_to_quaternion(placed.c2w[:, :3, :3]),
@@ -206,7 +209,7 @@ class Fit:
     def _check_spread(self) -> None:
         centres = self.parameters["centre"].detach()
         spread = float((centres - centres.mean(0)).norm(dim=1).max())
-        if not spread > 1e-4 * float(self.parameters["log_depth"].detach().exp().median()):
+        if not spread > LEAST_SPREAD * float(self.parameters["log_depth"].detach().exp().median()):
             raise InvalidInput(
                 "The alignment collapsed: all cameras stand in one place; the photos need some distance between them."
             )

@@ -153,7 +153,7 @@ def aligned(
     named in the notes."""
     height, width = pairs[0].conf_i.shape
     known = None if K is None else K.expand(len(names), 3, 3)
-    fit = align_pointmaps(pairs, mono_depth=mono_depth, K=known, clean_every=50 if cleaning else None, depth_scope=depth_scope, adaptor=adaptor, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress, checkpoint=checkpoint)  # fmt: skip
+    fit = align_pointmaps(pairs, names=names, mono_depth=mono_depth, K=known, clean_every=50 if cleaning else None, depth_scope=depth_scope, adaptor=adaptor, tol=tol, steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress, checkpoint=checkpoint)  # fmt: skip
     cameras = tuple(Camera(k, w, width, height, name) for k, w, name in zip(fit.K, fit.w2c, names, strict=True))
     notes = fit.notes + tuple(
         f"The pair {names[i]}, {names[j]} did not fit the others and was dropped." for i, j in fit.dropped

@@ -102,7 +102,7 @@ def start_scene(
             if progress is not None:
                 progress("align", step, steps)
 
-        fit = align_pointmaps(pairs, mono_depth=mono if switches.depth_guidance else None, K=known, clean_every=50 if switches.cleaning else None, depth_scope=switches.depth_scope, adaptor=switches.adaptor, tol=budget.tol, steps=budget.align_steps, generator=generator, progress=tell, checkpoint=checkpoint)  # fmt: skip
+        fit = align_pointmaps(pairs, names=names, mono_depth=mono if switches.depth_guidance else None, K=known, clean_every=50 if switches.cleaning else None, depth_scope=switches.depth_scope, adaptor=switches.adaptor, tol=budget.tol, steps=budget.align_steps, generator=generator, progress=tell, checkpoint=checkpoint)  # fmt: skip
         report |= {"notes": list(fit.notes)} if fit.notes else {}
         return _cleaned(fit, tuple(range(n)), stack, mono, names, switches, budget, generator, report)
     found: MultiView = stereo_prior.reconstruct(images, names, K).to(stack.device)
