@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from _timing import Row, row, timed
+from _timing import Row, memory_mb, row, timed
 from surefoot.adversarial.adv_unlearn import (
     FAST,
     AdversarialPrompt,
@@ -77,10 +77,15 @@ def attack_rows(model: ToyDiffusion) -> list[Row]:
     for name, attack in (("fast", FAST), ("standard", Attack())):
         settings = Attack(**{**vars(attack), "batch": BATCH})
         search = partial(soft_prompt_attack, model, PROMPT, lambda _: states, settings)
-        (ours, result), (theirs, _) = timed(lambda s=search: s(generator=source()), denoiser_step(model, states))
+        plain = denoiser_step(model, states)
+
+        def attacked(search: partial[Any] = search) -> Any:
+            return search(generator=source())
+
+        (ours, result), (theirs, _) = timed(attacked, plain)
         what = f"{name} attack, {settings.steps} step{'s'[: settings.steps > 1]}, {BATCH} states"
         note = f"{ours / theirs:.1f} training steps; loss {result.losses[0]:.3f} to {result.losses[-1]:.3f}"
-        found.append(row(what, ours, "one denoiser training step", theirs, note))
+        found.append(row(what, ours, "one denoiser training step", theirs, note, ours_mb=memory_mb(attacked), peer_mb=memory_mb(plain)))  # fmt: skip
     return found
 
 
@@ -92,10 +97,11 @@ def unlearning_rows(model: ToyDiffusion) -> list[Row]:
         return lambda: learner.fit(model, [PROMPT], RETAIN, synonyms=["3"], generator=source())
 
     (plain, erased), (fast, quick), (standard, slow) = timed(learn(None), learn(FAST), learn(Attack()))
+    memory = [memory_mb(learn(attack)) for attack in (None, FAST, Attack())]
     passes = f"U-Net passes {{}} | {erased.report.unet_passes}, recording included"
     return [
-        row("5 unlearning steps, fast attack", fast, "erasing without attack", plain, passes.format(quick.report.unet_passes)),
-        row("5 unlearning steps, standard attack", standard, "erasing without attack", plain, passes.format(slow.report.unet_passes)),
+        row("5 unlearning steps, fast attack", fast, "erasing without attack", plain, passes.format(quick.report.unet_passes), ours_mb=memory[1], peer_mb=memory[0]),
+        row("5 unlearning steps, standard attack", standard, "erasing without attack", plain, passes.format(slow.report.unet_passes), ours_mb=memory[2], peer_mb=memory[0]),
     ]  # fmt: skip
 
 
@@ -116,7 +122,7 @@ def token_search(model: ToyDiffusion) -> Row:
 
     (ours, found), (theirs, other) = timed(search, loop)
     quality = f"words {found.text!r} | {other.text!r}, loss {found.losses[-1]:.5f} | {other.losses[-1]:.5f}"
-    return row("token search, 65 losses on 4 states", ours, "one candidate after another", theirs, quality)
+    return row("token search, 65 losses on 4 states", ours, "one candidate after another", theirs, quality, ours_mb=memory_mb(search), peer_mb=memory_mb(loop))  # fmt: skip
 
 
 def embedding_search(model: ToyDiffusion) -> Row:
@@ -143,7 +149,7 @@ def embedding_search(model: ToyDiffusion) -> Row:
 
     (ours, found), (theirs, other) = timed(search, loop)
     gap = (found - other).abs().max().item()
-    return row(f"embedding attack, {steps} steps on {count} states", ours, "one state after another", theirs, f"rows differ by at most {gap:.1e}")  # fmt: skip
+    return row(f"embedding attack, {steps} steps on {count} states", ours, "one state after another", theirs, f"rows differ by at most {gap:.1e}", ours_mb=memory_mb(search), peer_mb=memory_mb(loop))  # fmt: skip
 
 
 def rows() -> list[Row]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from _timing import memory_mb
 from surefoot.certified.robust_conformal import aps_score
 from surefoot.nn.conformal import conformal_quantile, lac_scores, lac_sets
 
@@ -126,14 +126,12 @@ def measure(way: str, pipe: object) -> None:
     try:
         torch.set_num_threads(1)
         answer = WAYS[way]()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = []
         for _ in range(5):
             start = time.process_time()
             WAYS[way]()
             seconds.append(time.process_time() - start)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        pipe.send((statistics.median(seconds), grown, answer.numpy()))  # type: ignore[attr-defined]
+        pipe.send((statistics.median(seconds), memory_mb(WAYS[way]), answer.numpy()))  # type: ignore[attr-defined]
     except ImportError as error:
         pipe.send(f"{error}")  # type: ignore[attr-defined]
 
@@ -171,7 +169,7 @@ def rows() -> list[dict]:
         else:
             quality = f"scores within {np.abs(mine[2] - theirs[2]).max():.0e}"
         table.append(
-            row | {"peer_s": theirs[0], "ratio": theirs[0] / mine[0], "quality": quality, "peer_mb": theirs[1]}
+            row | {"peer_s": theirs[0], "ratio": mine[0] / theirs[0], "quality": quality, "peer_mb": theirs[1]}
         )
     return table
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surefoot.core.cost import Meter
+from _timing import memory_mb
 from surefoot.core.task import Split
 from surefoot.curation.data_diet import el2n_scores, gradient_norms, loop_norms
 from surefoot.shift.crop_selection import CropSelection, grey_levels, score_map
@@ -39,19 +39,12 @@ def median_seconds(*calls: Callable[[], Any]) -> list[float]:
 
 def row(what: str, ours: Callable[[], Any], peer: str, theirs: Callable[[], Any] | None, quality: str, note: str = "") -> dict[str, Any]:  # fmt: skip
     ours_s, *rest = median_seconds(ours, *([] if theirs is None else [theirs]))
-    memory = [peak_of(call) for call in (ours, theirs) if call is not None]
+    memory = [memory_mb(call) for call in (ours, theirs) if call is not None]
     answer = {
         "what": what, "ours_s": ours_s, "peer": peer, "peer_s": rest[0] if rest else None, "ratio": ours_s / rest[0] if rest else None,
         "quality": quality, "ours_mb": memory[0], "peer_mb": memory[1] if rest else None,
     }  # fmt: skip
     return {**answer, "note": note} if note else answer
-
-
-def peak_of(call: Callable[[], Any]) -> float | None:
-    """Peak of the process during one call (what it held before included)."""
-    with Meter() as meter:
-        call()
-    return meter.cost.peak_mb
 
 
 def cnn(side: int) -> nn.Module:

@@ -15,8 +15,9 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from _timing import Row, row, timed
+from _timing import Row, memory_mb, row, timed
 from surefoot.adversarial.natra import (
+    Directions,
     LatentCodes,
     NaturalAttack,
     NaturalTransformation,
@@ -53,7 +54,7 @@ def inversion(decoder: nn.Sequential, encoder: ImageEncoder, x: Tensor, num_code
     (ours, batch), (theirs, single) = timed(lambda: invert(x), one_by_one)
     gap = (torch.cat([codes.psnr for codes in single]) - batch.psnr).abs().max().item()
     what = f"{IMAGES} images to {num_codes} code{'s'[: num_codes > 1]} each, {STEPS} steps"
-    return row(what, ours, "one image after another", theirs, f"PSNR of an image differs by at most {gap:.1e} dB")
+    return row(what, ours, "one image after another", theirs, f"PSNR of an image differs by at most {gap:.1e} dB", ours_mb=memory_mb(lambda: invert(x)), peer_mb=memory_mb(one_by_one))  # fmt: skip
 
 
 def components(decoder: nn.Sequential) -> Row:
@@ -67,13 +68,13 @@ def components(decoder: nn.Sequential) -> Row:
         found = np.linalg.lstsq(scores, z.numpy() - z.numpy().mean(0), rcond=None)[0]
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
-    def own():
+    def own() -> Directions:
         return attribute_directions(decoder, method="pca", k=k, layer=2, samples=samples, generator=source())
 
     (ours, directions), (theirs, peer) = timed(own, by_sklearn)
     agreement = (directions.vectors * torch.from_numpy(peer)).sum(1).abs().min().item()
     what = f"{k} directions by components of {samples:,} features"
-    return row(what, ours, "scikit-learn PCA", theirs, f"cosine of a pair at least {agreement:.4f} (ours in float64)")
+    return row(what, ours, "scikit-learn PCA", theirs, f"cosine of a pair at least {agreement:.4f} (ours in float64)", ours_mb=memory_mb(own), peer_mb=memory_mb(by_sklearn))  # fmt: skip
 
 
 def closed_form(decoder: nn.Sequential) -> Row:
@@ -85,10 +86,13 @@ def closed_form(decoder: nn.Sequential) -> Row:
         values, vectors = np.linalg.eig(a.T @ a)
         return vectors[:, values.argsort()[::-1]].T
 
-    (ours, directions), (theirs, peer) = timed(lambda: attribute_directions(decoder, k=LATENT), by_numpy)
+    def own() -> Directions:
+        return attribute_directions(decoder, k=LATENT)
+
+    (ours, directions), (theirs, peer) = timed(own, by_numpy)
     agreement = (directions.vectors * torch.from_numpy(peer.real.astype(np.float32))).sum(1).abs().min().item()
     what = f"{LATENT} directions in closed form, checked and in float64"
-    return row(what, ours, "numpy.linalg.eig alone", theirs, f"cosine of a pair at least {agreement:.4f}")
+    return row(what, ours, "numpy.linalg.eig alone", theirs, f"cosine of a pair at least {agreement:.4f}", ours_mb=memory_mb(own), peer_mb=memory_mb(by_numpy))  # fmt: skip
 
 
 def attack(decoder: nn.Sequential, encoder: ImageEncoder, x: Tensor, y: Tensor) -> Row:
@@ -107,7 +111,7 @@ def attack(decoder: nn.Sequential, encoder: ImageEncoder, x: Tensor, y: Tensor) 
     (ours, _), (theirs, _) = timed(natural, pixels)
     each = timed(lambda: invert_batch(decoder, encoder, x, steps=STEPS, generator=source()))[0][0]
     note = f"another threat; encoding these images afresh would add {1e3 * each:.0f} ms to each step"
-    return row(f"attack of 5 steps on kept codes, batch {len(x)}", ours, "pixel PGD of 5 steps", theirs, note)
+    return row(f"attack of 5 steps on kept codes, batch {len(x)}", ours, "pixel PGD of 5 steps", theirs, note, ours_mb=memory_mb(natural), peer_mb=memory_mb(pixels))  # fmt: skip
 
 
 def rows() -> list[Row]:

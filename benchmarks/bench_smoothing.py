@@ -222,7 +222,7 @@ def rows() -> list[dict]:
             agree = ((r >= TARGET) == (s >= TARGET)) & ((a == b) | (r < TARGET))
             quality = f"the same answer at radius {TARGET} for {agree.mean():.0%}"
         table.append(
-            row | {"peer_s": theirs[0], "ratio": theirs[0] / mine[0], "quality": quality, "peer_mb": theirs[1]}
+            row | {"peer_s": theirs[0], "ratio": mine[0] / theirs[0], "quality": quality, "peer_mb": theirs[1]}
         )
     return table
 
