@@ -46,7 +46,8 @@ class GlobalAlignment:
     notes: tuple[str, ...] = ()  # what a reader should know of the start
 
     @property
-    def points(self) -> Tensor:  # [n, H, W, 3], world
+    def points(self) -> Tensor:  # [n, H, W, 3]
+        """Every pixel's point in the world, cleaned or not."""
         return world_points(self.depths, self.K, invert_rigid(self.w2c))
 
 
@@ -89,6 +90,9 @@ def align_pointmaps(
     check(len(called) >= n, f"There are {len(called)} names for {n} photos.")
     check_pairs(pairs, n, called)
     check_choice("depth_scope", depth_scope, ("unsure", "all"))
+    check(K is None or K.shape == (n, 3, 3), f"K must be [{n}, 3, 3], one for each photo, got {None if K is None else list(K.shape)}.")  # fmt: skip
+    wanted = (n, *pairs[0].conf_i.shape)
+    check(mono_depth is None or mono_depth.shape == wanted, f"mono_depth must be {list(wanted)}, the size of the maps, got {None if mono_depth is None else list(mono_depth.shape)}.")  # fmt: skip
     check_at_least("steps", steps, 0)
     check_positive("lr", lr)
     if mono_depth is not None:

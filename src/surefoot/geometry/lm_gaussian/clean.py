@@ -46,6 +46,12 @@ def seen_by(points: Tensor, K: Tensor, w2c: Tensor, shape: Sequence[int]) -> tup
     return torch.where(inside, row * width + column, torch.zeros_like(row)), z, inside
 
 
+def _check_views(depths: Tensor, conf: Tensor, w2c: Tensor, K: Tensor) -> None:
+    n = len(depths)
+    check(depths.dim() == 3 and conf.shape == depths.shape, f"depths and conf must both be [n, H, W], got {list(depths.shape)} and {list(conf.shape)}.")  # fmt: skip
+    check(w2c.shape == (n, 4, 4) and K.shape == (n, 3, 3), f"w2c and K must be [{n}, 4, 4] and [{n}, 3, 3] for {n} views, got {list(w2c.shape)} and {list(K.shape)}.")  # fmt: skip
+
+
 @torch.no_grad()
 def clean_confidence(
     depths: Tensor,  # [n, H, W]
@@ -56,7 +62,11 @@ def clean_confidence(
     *,
     rule: Rule = "band",
 ) -> Tensor:  # [n, H, W], the new confidences
-    """Zero where a point floats in front of another view's surer surface. Later views see the confidences already lowered."""
+    """Zero where a point floats in front of another view's surer surface. Later views see the confidences already lowered; `conf` itself stays.
+
+    `tol` is a share of the depth. Raises `InvalidInput` for maps and cameras that do not belong together.
+    """
+    _check_views(depths, conf, w2c, K)
     check_choice("rule", rule, ("band", "nearest"))
     check_non_negative("tol", tol)
     shape, conf = tuple(depths.shape[1:]), conf.clone()
@@ -148,10 +158,10 @@ def clean_cloud(
     depths: Tensor,  # [n, H, W]
     conf: Tensor,  # [n, H, W]
     images: Tensor,  # [n, H, W, 3]
-    w2c: Tensor,
-    K: Tensor,
+    w2c: Tensor,  # [n, 4, 4]
+    K: Tensor,  # [n, 3, 3]
     *,
-    mono_depth: Tensor | None = None,
+    mono_depth: Tensor | None = None,  # [n, H, W]
     tol: float = 0.03,
     rule: Rule = "band",
     threshold: float = 5.0,
@@ -166,8 +176,12 @@ def clean_cloud(
 
     Pixels beyond the `background_quantile` of the monocular depth are background: they are kept at a lower confidence, with their depth from the
     monocular map after a robust scale and shift onto the sure foreground, so that walls and sky exist and cannot float in front of
-    anything (the cleaning rule runs on them again).
+    anything (the cleaning rule runs on them again). `threshold` and `background_threshold` are raw confidences, `tol` and `jump` shares of the depth.
+    Raises `InvalidInput` for maps and cameras that do not belong together, and for a monocular depth that falls where the aligned one rises.
     """
+    _check_views(depths, conf, w2c, K)
+    check(images.shape == (*depths.shape, 3), f"images must be {[*depths.shape, 3]}, got {list(images.shape)}.")
+    check(mono_depth is None or mono_depth.shape == depths.shape, "mono_depth must have the shape of depths.")
     removed: dict[str, int] = {}
     behind = torch.zeros_like(depths, dtype=torch.bool)
     depths = depths.clone()
@@ -199,10 +213,17 @@ def clean_cloud(
 
 
 def cloud_of(
-    depths: Tensor, keep: Tensor, images: Tensor, w2c: Tensor, K: Tensor, *, at_most: int | None = None,
+    depths: Tensor,  # [n, H, W]
+    keep: Tensor,  # bool [n, H, W]
+    images: Tensor,  # [n, H, W, 3]
+    w2c: Tensor,  # [n, 4, 4]
+    K: Tensor,  # [n, 3, 3]
+    *,
+    at_most: int | None = None,
     generator: torch.Generator | None = None,
-) -> PointCloud:  # fmt: skip
-    """The kept pixels as coloured points; a random choice of `at_most` of them."""
+) -> PointCloud:
+    """The kept pixels as coloured points of the world; a random choice of `at_most` of them. Raises `InvalidInput` where fewer than two are left."""
+    _check_views(depths, keep, w2c, K)
     points = torch.stack([back_project(d, k, w) for d, k, w in zip(depths, K, w2c, strict=True)])[keep]
     colours = images[keep].to(points)
     check(len(points) >= 2, "Cleaning left fewer than two points; lower the confidence threshold or add photos.")

@@ -110,6 +110,7 @@ class ControlNetParts:
         return next(self.unet.parameters()).device
 
     def ids(self, prompt: str, count: int = 1) -> Tensor:  # int64 [count, L]
+        """The prompt as token numbers, cut or filled to the text encoder's length."""
         found = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.text_encoder.config.max_position_embeddings, return_tensors="pt")  # fmt: skip
         return found.input_ids.to(self.device).expand(count, -1)
 
@@ -122,7 +123,8 @@ class ControlNetParts:
         return z * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:  # [B, 3, H, W] in [0, 1]
+    def decode(self, z: Tensor) -> Tensor:  # [B, 4, H/8, W/8] -> [B, 3, H, W] in [0, 1]
+        """Pictures of scaled latents."""
         image = self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
@@ -257,6 +259,7 @@ class DiffusersControlNetRepair:
         return {"lora": lora, "losses": list(self.losses_)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` of a prior with the same settings gave, instead of fitting."""
         net = self.parts.adapted(self.rank, self.alpha, torch.Generator().manual_seed(0))
         for part, network in net._asdict().items():
             set_lora_factors_(network, state["lora"][part])

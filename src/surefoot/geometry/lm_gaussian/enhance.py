@@ -122,6 +122,7 @@ class TemporalFilterEnhance:
     def enhance(
         self, frames: Tensor, depths: Tensor, cameras: Sequence[Camera], *, strength: float, generator: torch.Generator
     ) -> Tensor:
+        """Frames [F, H, W, 3] with their depths [F, H, W] and cameras -> frames; the repair, if any, at `strength` but at most 0.1."""
         stack = []
         for k in range(len(frames)):
             layers = [frames[k]]

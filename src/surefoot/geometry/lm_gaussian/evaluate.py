@@ -47,12 +47,12 @@ class ViewScores:
 def score_views(
     scene: GaussianScene,
     cameras: Sequence[Camera],
-    images: Tensor,
+    images: Tensor,  # [V, H, W, 3] in [0, 1]
     *,
     background: Tensor | None = None,
     distance: Distance | None = None,
 ) -> ViewScores:
-    """PSNR, SSIM and, with `distance`, a feature distance of the rendered against the true views."""
+    """PSNR (dB, range 1), SSIM and, with `distance`, a feature distance of the rendered against the true views."""
     check(
         len(cameras) == len(images) and len(images) > 0, f"There are {len(cameras)} cameras for {len(images)} images."
     )
@@ -114,7 +114,14 @@ def score_pose_free(
     background: Tensor | None = None,
     distance: Distance | None = None,
 ) -> PoseFreeScores:
-    """Both numbers of the protocol, and the pose errors of the training cameras."""
+    """Both numbers of the protocol, and the pose errors of the training cameras. `estimated` and `true_train` show the same photos in one order; the
+    true cameras lend their poses only, the intrinsics are the estimated ones' mean. Raises `InvalidInput` where these are not equally many, or where
+    the centres of the training cameras determine no similarity (fewer than three, or all on a line)."""
+    check(
+        len(estimated) == len(true_train),
+        f"There are {len(estimated)} estimated cameras for {len(true_train)} true ones.",
+    )
+    check(len(true_test) == len(images) and len(images) > 0, f"There are {len(true_test)} held-out cameras for {len(images)} images.")  # fmt: skip
     errors = pose_errors(estimated, true_train)
     back = errors.similarity.inverse()
     K = torch.stack([c.K for c in estimated]).mean(0)

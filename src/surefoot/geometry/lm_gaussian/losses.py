@@ -22,8 +22,14 @@ from surefoot.nn.geometry.image_metrics import ssim
 LEAST_SPREAD = 1e-8  # below this product of standard deviations two maps have no correlation
 
 
-def photometric_loss(image: Tensor, target: Tensor) -> Tensor:  # [H, W, 3] twice
+def photometric_loss(image: Tensor, target: Tensor) -> Tensor:  # [H, W, 3] twice, in [0, 1] -> []
+    """0.8 mean |image - target| + 0.2 (1 - SSIM), as in Kerbl et al., 3D Gaussian Splatting, 2023, arXiv 2308.04079."""
+    _check_same("image", image, "target", target)
     return 0.8 * (image - target).abs().mean() + 0.2 * (1 - ssim(image, target))
+
+
+def _check_same(one: str, a: Tensor, other: str, b: Tensor) -> None:
+    check(a.shape == b.shape, f"{one} and {other} must have one shape, got {list(a.shape)} and {list(b.shape)}.")
 
 
 def pearson(
@@ -44,7 +50,9 @@ def pearson_depth_loss(
     mono: Tensor,  # [H, W]
     mask: Tensor | None = None,  # bool [H, W]
 ) -> Tensor:
-    """1 - rho over the image, or over a mask of at least two pixels."""
+    """1 - rho over the image, or over a mask: 0 where `mono` is an increasing affine map of `depth`, 2 where it is a decreasing one. Raises
+    `InvalidInput` for maps of two shapes and for fewer than two pixels."""
+    _check_same("depth", depth, "mono", mono)
     if mask is not None:
         depth, mono = depth[mask], mono[mask]
     check(depth.numel() >= 2, "The depth loss needs at least two pixels.")
@@ -60,6 +68,7 @@ def local_pearson_loss(
     generator: torch.Generator,
 ) -> Tensor:
     """The mean of 1 - rho over random boxes, `fraction` times as many as fit side by side; flat boxes (sky) are passed over."""
+    _check_same("depth", depth, "mono", mono)
     height, width = depth.shape
     check_at_least("box", box, 2)
     box = min(box, height, width)
@@ -82,6 +91,7 @@ def normal_loss(
     prior: Tensor,  # [H, W, 3], unit, zero where unknown
 ) -> Tensor:
     """mean sum_c |N - N*| + mean (1 - <N, N*>) over the pixels with a prior."""
+    _check_same("normal", normal, "prior", prior)
     known = prior.norm(dim=-1) > 0.5
     if not bool(known.any()):
         return normal.sum() * 0

@@ -132,6 +132,7 @@ class PatchDenoiserRepair:
         return {"net": self.net_.state_dict(), "losses": list(self.losses_)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` of a prior with the same settings gave, instead of fitting."""
         with torch.device("meta"):  # draws nothing
             net = PatchUNet(self.widths)
         net.load_state_dict(state["net"], assign=True)

@@ -141,6 +141,7 @@ class OracleMonoPrior:
     name: str = "simulated monocular depth and normals (truth with planted errors)"
 
     def predict(self, index: int, image: Tensor) -> Tensor:  # [H, W]
+        """Depth of view `index`, larger is farther; the image is not looked at."""
         g = torch.Generator().manual_seed(1_000_003 * self.seed + index)
         depth = blur(self.views[index].depth.clamp(max=15.0), self.blur)
         depth = depth * torch.exp(self.noise * correlated_noise(depth.shape, 8, g))
@@ -148,6 +149,7 @@ class OracleMonoPrior:
         return scale * depth + shift
 
     def predict_normals(self, index: int, image: Tensor) -> Tensor:  # [H, W, 3]
+        """Unit normals of view `index` in its camera's frame."""
         g = torch.Generator().manual_seed(1_000_003 * self.seed + 500_009 + index)
         normal = self.views[index].normal
         noise = torch.stack([correlated_noise(normal.shape[:2], 8, g) for _ in range(3)], -1)

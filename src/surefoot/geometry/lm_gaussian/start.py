@@ -84,8 +84,10 @@ def start_scene(
     """Stage 0: poses, depths and the cleaned cloud. An alignment that `checkpoint` holds is taken up, and this one kept there; pairs that `kept` holds
     are not asked for again.
 
-    Everything moves to the photos' device, wherever the priors answered.
+    Photos are [H, W, 3] in [0, 1] and of one size (`check_images`); everything moves to their device, wherever the priors answered. Raises
+    `InvalidInput` where a prior's answers cannot be used, photos do not hang together, or too few points are left.
     """
+    check(K is None or K.shape == (3, 3), f"K must be [3, 3], the intrinsics of the one camera, got {None if K is None else list(K.shape)}.")  # fmt: skip
     stack = torch.stack(list(images))
     mono = (
         None

@@ -64,10 +64,12 @@ class LMGaussianResult:
     distilled: Tensor | None = None  # [F, H, W, 3]
 
     @property
-    def points(self) -> Tensor:  # [N, 3], the cleaned cloud
+    def points(self) -> Tensor:  # [N, 3]
+        """The cleaned cloud, in the world's units."""
         return self.cloud.points
 
     def to_dict(self) -> dict[str, Any]:
+        """The report with the training curve, for JSON."""
         return {**self.report, "history": self.history}
 
     def save_ply(self, path: Path | str) -> None:
@@ -97,7 +99,8 @@ def train_scene(
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, int, Record], None] | None = None,
 ) -> tuple[GaussianScene, Course]:
-    """Stage 1. With `optimize_poses` the cameras move too, and `Course.cameras` holds where they end."""
+    """Stage 1: splats from what `start_scene` left, under photos, depth, normals and virtual views as the switches say. With `optimize_poses` the
+    cameras move too, and `Course.cameras` holds where they end. `mono_depth` is [V, H, W], `mono_normal` [V, H, W, 3], of the registered photos."""
     check_choice("mode", mode, ("360", "forward"))
     scene = GaussianScene.from_points(start.cloud.points, start.cloud.rgb, degree=budget.sh_degree)
     multi = MultiModalLoss(

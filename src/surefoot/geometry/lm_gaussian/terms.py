@@ -38,12 +38,14 @@ class MultiModalLoss(nn.Module):
         self.box = box if box is not None else max(8, size // (3 if size < 100 else 4))
 
     def needs_normals(self, step: int = 0) -> bool:
+        """Whether this step's rendering must come with normals."""
         return (self.mono_normal is not None and self.lam_normal > 0) or self._couples(step)
 
     def _couples(self, step: int) -> bool:
         return self.lam_dn > 0 and step >= self.dn_from
 
     def forward(self, out: RenderOut, camera: Camera, photo: int, generator: torch.Generator, step: int = 0) -> Terms:
+        """The weighted terms of one rendering by name; `photo` is its row in the priors' maps."""
         terms: dict[str, Tensor] = {}
         if self.mono_depth is not None and self.lam_depth > 0:
             depth, mono = out.expected_depth, self.mono_depth[photo].to(out.rgb)

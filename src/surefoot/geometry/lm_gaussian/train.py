@@ -274,7 +274,7 @@ def _low_pass(images: Tensor, sigma: float = 4.0) -> Tensor:  # [V, H, W, 3]
 def refine(
     scene: GaussianScene,
     cameras: Sequence[Camera],
-    images: Tensor,
+    images: Tensor,  # [V, H, W, 3], the photos
     repair_prior: ImageRepairPrior,
     virtual: Sequence[Camera],
     *,
@@ -290,7 +290,10 @@ def refine(
     on_step: Callable[[int, int, Record], None] | None = None,
 ) -> Course:
     """Stage 2 in place: `rounds` times repair all virtual views, then train on photos and on them; depth and normal priors stay off, as they are
-    smoother than the repaired views. The means' rate starts anew in each round. `checkpoint` keeps the round, its repaired views and its training."""
+    smoother than the repaired views. The means' rate starts anew in each round. `checkpoint` keeps the round, its repaired views and its training.
+
+    `repair_prior` has been fitted (`collect_repair_pairs` gives the pairs), `virtual` are the cameras to repair (`virtual_cameras`), `gain` that of
+    `distance_weight` (None: every view counts in full). Raises `InvalidInput` for fewer steps than rounds."""
     check_at_least("rounds", rounds, 1)
     check_at_least("steps", steps, rounds)
     whole, saved = Course(steps=steps), None if checkpoint is None else checkpoint.load(generator)
