@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.audit.instruments.accuracy import Accuracy, confusion
-from surefoot.core.contracts import check_instrument
+from surefoot.contracts import check_instrument
 from surefoot.core.finding import Chart
 from surefoot.core.statistics import wilson_interval
 from surefoot.core.subject import Subject

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from surefoot.audit.instruments.adversarial import EFFORT, LEAST, AdversarialAccuracy
 from surefoot.audit.instruments.surrogate import undefended_surrogate
-from surefoot.core.contracts import check_instrument
+from surefoot.contracts import check_instrument
 from surefoot.core.finding import Chart, Thumbnails
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task, Training

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.audit.instruments.calibration import PER_BIN, Calibration, calibration_error
-from surefoot.core.contracts import check_instrument
+from surefoot.contracts import check_instrument
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
 from surefoot.errors import InvalidInput

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from surefoot.audit.instruments.corruption import CorruptionRobustness
-from surefoot.core.contracts import check_instrument
+from surefoot.contracts import check_instrument
 from surefoot.core.finding import Chart, Thumbnails
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task, Training

@@ -11,7 +11,7 @@ from surefoot.audit.instruments.label_errors import (
     sure_disagreement,
     unrelated_share,
 )
-from surefoot.core.contracts import check_instrument
+from surefoot.contracts import check_instrument
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Training
 from surefoot.datasets.embedded import digits

@@ -11,7 +11,7 @@ from torch import nn
 
 from surefoot.certified.certified_radius import CertifiedRadius
 from surefoot.certified.dual_smoothing import DualSmoothedClassifier
-from surefoot.core.contracts import check_instrument
+from surefoot.contracts import check_instrument
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
 from surefoot.datasets.embedded import digits

@@ -12,7 +12,7 @@ from torch import nn
 from surefoot.certified import crmt
 from surefoot.certified.crmt import CRMT, ConcatFusion, CRMTLoss, MultiModalClassifier, OrthogonalFusion
 from surefoot.certified.crmt.model import orthonormal_rows, unit_rows
-from surefoot.core.contracts import check_instrument, check_treatment
+from surefoot.contracts import check_instrument, check_treatment
 from surefoot.core.subject import Subject
 from surefoot.core.task import Training
 from surefoot.errors import InvalidInput, Refused

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from surefoot.certified import dual_smoothing as ds
-from surefoot.core.contracts import check_treatment
+from surefoot.contracts import check_treatment
 from surefoot.core.task import Split, Task, Training
 from surefoot.errors import InvalidInput, Refused
 from surefoot.models.networks import small_cnn

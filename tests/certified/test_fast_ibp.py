@@ -12,7 +12,7 @@ from torch import nn
 
 from surefoot.certified import fast_ibp as ibp
 from surefoot.certified.fast_ibp import FastIBP
-from surefoot.core.contracts import check_treatment
+from surefoot.contracts import check_treatment
 from surefoot.core.task import Training
 from surefoot.core.treatment import Batch
 from surefoot.datasets.embedded import digits

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.certified import ibp_tightness as T
-from surefoot.core.contracts import check_instrument
+from surefoot.contracts import check_instrument
 from surefoot.core.subject import Subject
 from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput, UnsupportedOp

@@ -455,7 +455,7 @@ def test_a_large_net_is_left_out_with_the_reason(trained):
 
 
 def test_the_instrument_keeps_its_contract(trained):
-    from surefoot.core.contracts import check_instrument
+    from surefoot.contracts import check_instrument
 
     model, task = trained
     check_instrument(NeuralSpecification(eps=0.03, delta=0.7, nodes=10), Subject(model, "mlp", "image", (1, 8, 8), 10), task)  # fmt: skip

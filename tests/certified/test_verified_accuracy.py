@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from surefoot.certified.verified_accuracy import VerifiedAccuracy, neuron_count
+from surefoot.contracts import check_instrument
 from surefoot.core import work
-from surefoot.core.contracts import check_instrument
 from surefoot.core.statistics import wilson_interval
 from surefoot.core.subject import Subject, predict
 from surefoot.core.task import Split, Task, Training

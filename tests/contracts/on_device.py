@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from surefoot import catalog
+from surefoot import catalog, contracts
 from surefoot.certified import crmt
 from surefoot.certified.prototype_rbf import PrototypeRBF
-from surefoot.core import contracts
 from surefoot.core.second_device import second_device
 from surefoot.core.subject import Subject
 from surefoot.core.task import Task, Training

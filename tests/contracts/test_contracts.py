@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from surefoot import catalog
-from surefoot.core import contracts
+from surefoot import catalog, contracts
 from surefoot.core.finding import Finding
 from surefoot.core.instrument import Instrument
 from surefoot.core.subject import Subject

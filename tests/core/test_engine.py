@@ -317,7 +317,7 @@ def test_fingerprint(tmp_path, monkeypatch):
     for name in (
         "core/statistics.py",
         "core/store.py",
-        "core/contracts.py",
+        "contracts.py",
         "init/tract.py",
         "curation/data_diet/runs.py",
         "cli/__init__.py",

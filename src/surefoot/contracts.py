@@ -1,7 +1,9 @@
 """What every treatment and every instrument promises, as checks that raise `AssertionError`.
 
-The test suite runs them over the catalogue; run them on your own method with `check_treatment(MyTreatment(), model, task)`.
-Each check is a plain function, so that a failing one can be called alone.
+    from surefoot.contracts import check_treatment
+    check_treatment(MyTreatment(), model, task)      your own method, before it goes into the catalogue
+
+The test suite runs them over the catalogue. Each check is a plain function, so that a failing one can be called alone.
 """
 
 from __future__ import annotations
