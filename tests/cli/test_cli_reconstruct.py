@@ -150,3 +150,31 @@ def test_the_device_decides_the_default_length(views, tmp_path, monkeypatch):
     assert seen["budget"] == Budget.full("360")
     assert seen["device"] == torch.device("cuda")
     assert asked(monkeypatch, line[:-4])["budget"] == Budget()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        ("b.mp4", b"film", "holds 1 photo, and a reconstruction needs at least two. It holds the video b.mp4"),
+        ("b.png", "smaller", "The photos have 2 sizes (a.png (24 x 24), b.png (20 x 24))"),
+        ("b.png", b"no picture", "b.png cannot be read as a picture"),
+    ],
+)
+def test_bad_photos_end_with_one_sentence_and_code_2(views, tmp_path, name, data, sentence):
+    import subprocess
+    import sys
+
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray((views[0].rgb * 255).byte().numpy()).save(folder / "a.png")
+    if data == "smaller":
+        Image.fromarray((views[1].rgb[:, :20] * 255).byte().numpy()).save(folder / name)
+    else:
+        (folder / name).write_bytes(data)
+    line = [sys.executable, "-m", "surefoot.cli", "reconstruct", str(folder), "--out", str(tmp_path / "scene")]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert sentence in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    assert not (tmp_path / "scene").exists()
