@@ -129,10 +129,11 @@ class Adapter(nn.Module):
                 at_start = torch.addmm(to_matrix(kind, stored).to(original.dtype), b0, a0, alpha=self.scaling)
                 self.drift = ((at_start - original).abs().max() / scale).item()
         self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(factors.A.detach().clone().contiguous())
-        self.B = nn.Parameter(factors.B.detach().clone().contiguous())
-        self.register_buffer("A0", a0.detach().clone().contiguous())
-        self.register_buffer("B0", b0.detach().clone().contiguous())
+        rows = torch.contiguous_format
+        self.A = nn.Parameter(factors.A.detach().clone(memory_format=rows))
+        self.B = nn.Parameter(factors.B.detach().clone(memory_format=rows))
+        self.register_buffer("A0", a0.detach().clone(memory_format=rows))
+        self.register_buffer("B0", b0.detach().clone(memory_format=rows))
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -74,7 +74,10 @@ def pissa_factors(
     check_at_least("rank", rank, 1)
     check_positive("scaling", scaling)
     check(all_finite(weight), "weight holds NaN or infinite values; load a sound checkpoint.")
-    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return _start(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), rank, scaling, niter, generator)
+
+
+def _start(weight: Tensor, rank: int, scaling: float, niter: int | None, generator: torch.Generator | None) -> LowRank:
     a, b = _principal(weight, rank, scaling, niter, generator)
     return LowRank(a, b, scaling, torch.addmm(weight, b, a, alpha=-scaling))
 
@@ -182,7 +185,7 @@ def apply_pissa_(
         r = min(rank, thin[name])
         if quantize is not None:
             return qpissa_factors(weight, r, quantize, iters, scaling=scaling, niter=niter, generator=generator)
-        return pissa_factors(weight, r, scaling=scaling, niter=niter, generator=generator)
+        return _start(weight, r, scaling, niter, generator)  # `attach_` has looked at every weight
 
     method = "pissa" if quantize is None else "qpissa"
     options = {"keep_base_fp32": keep_base_fp32, "keep_original": keep_original, "exact": quantize is None}
