@@ -49,7 +49,7 @@ def test_headline_parts_and_pictures(trained):
     assert isinstance(images, Thumbnails)
     assert len(images.images) == len(images.captions) == 12
     assert all(caption.startswith("taken for") for caption in images.captions[1::2])
-    assert found.fix == ("fast_ibp",)
+    assert found.fix[0] == "fast_ibp"
     assert found.warnings == ()
     assert found.cost.passes is not None
     assert found.cost.passes > 1000

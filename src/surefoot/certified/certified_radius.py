@@ -45,7 +45,7 @@ class CertifiedRadius(Instrument):
 
     slug: ClassVar[str] = "certified_radius"
     title: ClassVar[str] = "Certified radius"
-    fix: ClassVar[tuple[str, ...]] = ("dual_smoothing",)
+    fix: ClassVar[tuple[str, ...]] = ("dual_smoothing", "rrcm", "zo_smoothing")
 
     sigma: float = 0.25
     n: int | None = None

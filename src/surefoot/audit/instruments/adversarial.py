@@ -81,7 +81,7 @@ class AdversarialAccuracy(Instrument):
 
     slug: ClassVar[str] = "adversarial"
     title: ClassVar[str] = "Adversarial accuracy"
-    fix: ClassVar[tuple[str, ...]] = ("fast_ibp",)
+    fix: ClassVar[tuple[str, ...]] = ("fast_ibp", "doubly_robust", "adaptive_smoothing", "crossmax")
 
     eps: float | None = None
     norm: Norm = "linf"
