@@ -40,8 +40,9 @@ from surefoot.errors import (
     check_non_negative,
     check_positive,
 )
-from surefoot.nn.bounds import Program, evaluating, margin_rows, region_around
+from surefoot.nn.bounds import Program, margin_rows, region_around
 from surefoot.nn.bounds.tightness import Gated, Pattern, gated, weight_layers
+from surefoot.nn.modes import evaluating
 
 DEAD = "rows have no path from the input at all (both radii are 0); they are left out of the mean."
 

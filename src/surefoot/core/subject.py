@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from surefoot.nn.modes import evaluating
+
 Modality = Literal["image", "vector", "signal"]
 
 
@@ -42,12 +44,7 @@ class Subject:
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
     """Logits of `model` in evaluation mode, on the CPU; every module's training flag is put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
     parameter = next(model.parameters(), None)
     device = x.device if parameter is None else parameter.device
-    model.eval()
-    try:
+    with evaluating(model):
         return torch.cat([model(chunk.to(device)).detach().cpu() for chunk in x.split(batch_size)])
-    finally:
-        for module, training in flags:
-            module.training = training

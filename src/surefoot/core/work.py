@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from surefoot.nn.modes import evaluating
+
 FLOPS = 1e10  # a second of one core, in float64 or on small layers
 VALUES = 4e8  # written to memory in a second
 
@@ -43,15 +45,9 @@ class WorkMeter(TorchDispatchMode):
 @torch.no_grad()
 def forward_flops(model: nn.Module, example: Tensor) -> int:  # example [1, ...]
     """Floating-point operations of one forward pass, in evaluation mode; training flags and the global random state are put back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        devices = [example.device] if example.is_cuda else []
-        with torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
-            model(example)
-    finally:
-        for module, training in flags:
-            module.training = training
+    devices = [example.device] if example.is_cuda else []
+    with evaluating(model), torch.random.fork_rng(devices=devices), FlopCounterMode(display=False) as counter:
+        model(example)
     return int(counter.get_total_flops())
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.errors import UnsupportedOp, check
-from surefoot.nn.bounds import Box, Program, evaluating, propagate
+from surefoot.nn.bounds import Box, Program, propagate
 from surefoot.nn.bounds.operators import (
     Concat,
     Convolution,
@@ -35,6 +35,7 @@ from surefoot.nn.bounds.operators import (
     Sum,
     transpose_apply,
 )
+from surefoot.nn.modes import evaluating
 
 MATRIX_ENTRIES = 2**22  # a convolution's matrix of up to 32 MB in float64 is written out, and its norm is exact
 ROUNDING = 1 + 1e-9  # on top of every computed norm

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, check, check_at_least
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 
 
 def tapped(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from surefoot.adversarial.adaptive_smoothing.mixing import Composite, MixedClassifier, mix_log_probs
 from surefoot.errors import check, check_at_least
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 from surefoot.nn.taps import check_names, tapped
 
 CLAMP = 0.6  # standard deviations around the batch mean to which raw gammas are cut in training

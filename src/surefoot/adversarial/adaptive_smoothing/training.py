@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +16,7 @@ from surefoot.core.task import Task
 from surefoot.core.treatment import Batch, Treatment
 from surefoot.errors import check, check_at_least, check_choice, check_non_negative, check_positive
 from surefoot.nn.attacks import Norm, attacking, pgd_train
+from surefoot.nn.modes import frozen
 
 Bounds = tuple[float, float] | None
 
@@ -161,7 +160,7 @@ def train_mixing_network(
     optimizer = torch.optim.Adam(model.mixing.parameters(), lr, weight_decay=weight_decay)
     batches = max(1, len(x) // batch_size)
     total, step, history = epochs * batches, 0, []
-    with _frozen(model.accurate, model.robust), torch.enable_grad():
+    with frozen(model.accurate, model.robust), torch.enable_grad():
         for _ in range(epochs):
             order, sums = torch.randperm(len(x), generator=generator, device=generator.device).cpu(), torch.zeros(3)
             for index in order.tensor_split(batches):
@@ -197,16 +196,3 @@ def _mixing_loss(
     above = (gamma.detach() > model.gamma_train[1]).double()
     right = (1 - above[: len(clean)].mean().item(), above[len(clean) :].mean().item())
     return (weights[0] * bce + weights[1] * ce + weights[2] * bce * ce).mean(), right
-
-
-@contextmanager
-def _frozen(*models: nn.Module) -> Iterator[None]:
-    """No gradients for these parameters inside the block."""
-    flags = [(p, p.requires_grad) for model in models for p in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

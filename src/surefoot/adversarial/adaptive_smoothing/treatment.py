@@ -17,7 +17,7 @@ from surefoot.core.treatment import Treatment
 from surefoot.errors import Refused, check, check_at_least, check_choice, check_non_negative, check_positive
 from surefoot.models import seeded_build
 from surefoot.nn.attacks import Norm
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 from surefoot.nn.taps import layer_names, tapped
 
 

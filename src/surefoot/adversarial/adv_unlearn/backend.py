@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, MissingExtra, Refused, check, check_at_least, check_choice
+from surefoot.nn import modes
 from surefoot.nn.diffusion import ddim_sample, guided, levels_of
 
 if TYPE_CHECKING:
@@ -66,17 +67,8 @@ def with_copy(model: M, part: Trainable) -> M:
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) and no parameter gradients within the block; modes and flags are put back as they were."""
-    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for module in modules:
-            module.eval().requires_grad_(False)
+    with modes.evaluating(*modules), modes.frozen(*modules):
         yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 def gaussian(shape: Sequence[int], model: TextToImage, generator: torch.Generator) -> Tensor:

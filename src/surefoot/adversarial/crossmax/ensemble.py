@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from surefoot.adversarial.crossmax.aggregation import Rank, crossmax
 from surefoot.errors import InvalidInput, check, check_at_least, check_positive
 from surefoot.nn.attacks import attacking
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 from surefoot.nn.taps import tapped
 
 Aggregate = Callable[[Tensor], Tensor]  # [B, N, K] -> [B, K]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_choice, check_non_negative
 from surefoot.models import Normalized
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 
 LUMINANCE = (0.299, 0.587, 0.114)
 

@@ -15,8 +15,8 @@ from surefoot.certified.crmt.model import MultiModalClassifier, Shapes, classifi
 from surefoot.core.subject import predict
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_choice, check_positive
 from surefoot.nn.attacks import pgd
-from surefoot.nn.bounds import evaluating
 from surefoot.nn.lipschitz import lipschitz_bound
+from surefoot.nn.modes import evaluating
 
 Source = Literal["empirical", "product"]
 

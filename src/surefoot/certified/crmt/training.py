@@ -15,7 +15,7 @@ from surefoot.certified.crmt.robustness import Lipschitz, estimate_lipschitz, pu
 from surefoot.core.task import Task
 from surefoot.core.treatment import Batch, Treatment
 from surefoot.errors import Refused, check, check_at_least, check_choice, check_non_negative, check_positive
-from surefoot.nn.bounds import evaluating
+from surefoot.nn.modes import evaluating
 
 FLOOR = 1e-5  # inside the logarithm of the margin term
 

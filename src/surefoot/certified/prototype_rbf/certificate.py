@@ -28,7 +28,7 @@ from surefoot.certified.prototype_rbf.head import (
     detection,
 )
 from surefoot.errors import Refused, check, check_choice, check_positive
-from surefoot.nn.bounds import evaluating
+from surefoot.nn.modes import evaluating
 
 Method = Literal["closed", "bisect"]
 CHUNK = 2**22  # entries of [B, R, K] worked on at once

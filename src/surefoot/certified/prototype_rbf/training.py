@@ -23,7 +23,7 @@ from surefoot.certified.prototype_rbf.head import (
 from surefoot.core.task import Task
 from surefoot.core.treatment import Batch, Treatment
 from surefoot.errors import Refused, check, check_at_least, check_choice, check_non_negative, check_positive
-from surefoot.nn.bounds import evaluating
+from surefoot.nn.modes import evaluating
 
 
 class CBCMarginLoss(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surefoot.errors import check, check_at_least, check_non_negative
 from surefoot.nn.attacks.ball import Ball, draw
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 
 
 def smooth_pgd(

@@ -21,7 +21,8 @@ from surefoot.errors import (  # fmt: skip
     check_open_unit,
     check_positive,
 )
-from surefoot.nn.smoothing import evaluating, noisy_batches
+from surefoot.nn.modes import evaluating
+from surefoot.nn.smoothing import noisy_batches
 
 Score = Literal["hps", "aps"]
 MEMORY = 2**22  # probabilities held at a time while averaging

@@ -30,7 +30,8 @@ from surefoot.errors import (  # fmt: skip
     check_open_unit,
     check_positive,
 )
-from surefoot.nn.smoothing import evaluating, noisy_batches, noisy_loss
+from surefoot.nn.modes import evaluating
+from surefoot.nn.smoothing import noisy_batches, noisy_loss
 
 CLIP = 1e-7
 

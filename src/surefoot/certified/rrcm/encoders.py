@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.errors import Refused, check, check_at_least
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 
 SIGMA_DATA = 0.5
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 
 HARD_AFTER = 32  # so many answers of zeros and ones alone are hard labels and not confidence
 LEAST_PROBABILITY = 1e-6  # a forest answers exact zeros, and the loss must stay finite

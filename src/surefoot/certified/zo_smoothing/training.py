@@ -21,7 +21,7 @@ from surefoot.errors import (
     check_non_negative,
     check_positive,
 )
-from surefoot.nn.smoothing import evaluating
+from surefoot.nn.modes import evaluating
 
 Trains = Literal["part", "whole"]
 Step = Callable[

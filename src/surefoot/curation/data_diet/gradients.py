@@ -33,6 +33,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_choice
+from surefoot.nn.modes import evaluating
 from surefoot.nn.scores import el2n
 
 GradientMode = Literal["full", "last_layer", "sketch"]
@@ -52,13 +53,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                 f"{name or 'The model'} normalises with batch statistics even in evaluation mode, so that an example's score would "
                 "depend on its neighbours; use track_running_stats=True."
             )
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def gradient_norms(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_open_unit
+from surefoot.nn.modes import evaluating
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 LARGE_IMAGE = 400  # pixels
@@ -137,20 +137,6 @@ def default_batch(x: Tensor, widest: int = 256) -> int:
     if x.device.type != "cpu":
         return min(max(2**23 // numbers, 64), 8192)
     return min(max(2**17 // max(numbers, widest), 8), 2048)
-
-
-@contextmanager
-def evaluating(*models: Model) -> Iterator[None]:
-    """Evaluation mode inside the block; every module's own training flag is put back afterwards."""
-    flags = [(part, part.training) for m in models if isinstance(m, nn.Module) for part in m.modules()]
-    for model in models:
-        if isinstance(model, nn.Module):
-            model.eval()
-    try:
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
 
 
 def check_deterministic(model: Model, x: Tensor, probes: int = 8) -> int:
