@@ -55,7 +55,7 @@ def test_radii_stay_below_the_truth_and_near_it():
     assert finding.value == pytest.approx(finding.samples.mean())
     assert finding.low <= finding.value <= finding.high
     assert finding.n == 60
-    assert finding.fix == ("dual_smoothing",)
+    assert finding.fix[0] == "dual_smoothing"
 
 
 def test_wrong_and_abstained_count_zero():

@@ -23,20 +23,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from surefoot.certified.dual_smoothing import (
-    DualSmoothedClassifier,
-    DualSmoothing,
-    Partition,
-    as_certificates,
-    noisy_loss,
-)
+from surefoot.certified.dual_smoothing import DualSmoothedClassifier, DualSmoothing, as_certificates
 from surefoot.core.task import Task, Training
 from surefoot.core.treatment import Batch, Treatment
 from surefoot.core.trial import Arm, Claim, Metrics, Run, Setup, Stack, Trial
 from surefoot.datasets.embedded import digits
 from surefoot.datasets.standard import mnist
 from surefoot.models.networks import seeded_build
-from surefoot.nn.smoothing import average_certified_radius, certified_accuracy, certify
+from surefoot.nn.masks import Partition
+from surefoot.nn.smoothing import average_certified_radius, certified_accuracy, certify, noisy_loss
 from surefoot.training.loop import fit
 
 N0, N, ALPHA = 100, 1000, 0.001  # draws of each half; plain smoothing gets twice as many
