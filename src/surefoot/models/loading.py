@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from surefoot import __version__
@@ -26,6 +23,8 @@ from surefoot.core.task import Task
 from surefoot.core.treatment import Treatment
 from surefoot.errors import InvalidInput, MissingExtra, SurefootError, check
 from surefoot.models import networks
+from surefoot.models.files import first_line, load_exported, load_script, load_weights, read_weights
+from surefoot.nn.modes import evaluating
 
 FORMAT = "surefoot-model/1"
 EFFICIENTNET = "efficientnet_lite0"
@@ -107,132 +106,6 @@ def efficientnet_lite0(*, pretrained: bool) -> nn.Module:
     return networks.Normalized(network, [0.5] * 3, [0.5] * 3)
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def read_weights(path: Path, *, trust: bool = False) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a torch file that holds only tensors; a pickle needs `trust`."""
-    check(path.is_file(), f"The weights file {path} does not exist; check --weights.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=not trust)
-    except SafetensorError as error:
-        raise InvalidInput(f"{path} is not a valid safetensors file ({error}); save it again.") from error
-    except pickle.UnpicklingError as error:
-        raise InvalidInput(
-            f"{path} is a pickle that may run code when opened; convert it to safetensors, or pass --trust if you trust it."
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InvalidInput(f"{path} cannot be read as model weights ({_first_line(error)}); save it again.") from error
-    if isinstance(state, nn.Module):
-        state = state.state_dict()
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InvalidInput(f"{path} does not hold a state dict of tensors; save model.state_dict() with safetensors.")
-    return dict(state)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict strictly, with one sentence about what does not fit; tied weights may be stored once."""
-    own = model.state_dict()
-    extra = sorted(set(state) - set(own))
-    shared: dict[int, list[str]] = {}
-    for key, value in own.items():
-        shared.setdefault(value.data_ptr(), []).append(key)
-    tied = {k for keys in shared.values() if len(keys) > 1 and any(k in state for k in keys) for k in keys}
-    missing = sorted(k for k in own if k not in state and k not in tied)
-    misshapen = [k for k in state if k in own and own[k].shape != state[k].shape]
-    if missing or extra or misshapen:
-        problems = [f"lacks {k}" for k in missing[:1]] + [f"has an unknown {k}" for k in extra[:1]]
-        problems += [
-            f"has {k} of shape {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in misshapen[:1]
-        ]
-        raise InvalidInput(
-            f"{where} does not fit the model: it {' and '.join(problems)}; check the factory and its arguments."
-        )
-    model.load_state_dict(dict(state), strict=False)
-
-
-# --- exported programs ----------------------------------------------------------------------------------------------
-
-
-class Frozen(nn.Module):
-    """An exported or scripted model: no training mode, and batches cut to the size it was exported for."""
-
-    def __init__(self, program: nn.Module, batch_size: int | None = None) -> None:
-        super().__init__()
-        self.program = program
-        self.batch_size = batch_size
-
-    def train(self, mode: bool = True) -> Frozen:
-        self.training = mode
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.batch_size is None:
-            return self.program(x)
-        parts = []
-        for part in x.split(self.batch_size):
-            short = self.batch_size - len(part)
-            padded = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else part
-            parts.append(self.program(padded)[: len(part)])
-        return torch.cat(parts)
-
-
-def load_exported(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
-    """A `torch.export` program and the shape of one input."""
-    try:
-        program = torch.export.load(path)
-        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-        names = set(program.graph_signature.user_inputs)
-        example = next(n.meta["val"] for n in placeholders if n.name in names)
-    except Exception as error:  # torch.export.load raises whatever its parts raise on a malformed archive
-        raise InvalidInput(
-            f"{path} cannot be read as a torch.export program ({_first_line(error)}); export it again."
-        ) from error
-    batch = example.shape[0]
-    module = Frozen(program.module(), batch if isinstance(batch, int) else None)
-    return module, tuple(int(s) for s in example.shape[1:])
-
-
-def _load_script(path: Path, *, trust: bool) -> nn.Module:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            scripted = any("/code/" in name for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
-        if trust:
-            return _load_pickle(path)
-        raise InvalidInput(f"{path} is neither TorchScript nor another archive of torch's; if it is a pickle you trust, pass --trust.") from error  # fmt: skip
-    if scripted:
-        try:
-            return Frozen(torch.jit.load(path, map_location="cpu").eval())
-        except (RuntimeError, OSError) as error:
-            raise InvalidInput(
-                f"{path} cannot be read as TorchScript ({_first_line(error)}); save it again."
-            ) from error
-    if trust:
-        return _load_pickle(path)
-    raise InvalidInput(
-        f"{path} is a pickled model or a bare state dict; give file.py:factory with --weights, or pass --trust to unpickle it."
-    )
-
-
-def _load_pickle(path: Path) -> nn.Module:
-    try:
-        model = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise InvalidInput(f"{path} cannot be unpickled ({_first_line(error)}); save it again.") from error
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"{path} holds {type(model).__name__}, not a model; give file.py:factory with --weights.")
-    return model
-
-
 # --- saving and loading subjects ------------------------------------------------------------------------------------
 
 
@@ -268,7 +141,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InvalidInput(
-            f"{path} cannot be read ({_first_line(error)}); give a folder that `surefoot harden` wrote."
+            f"{path} cannot be read ({first_line(error)}); give a folder that `surefoot harden` wrote."
         ) from error
     needed = {"recipe", "treatments", "input_shape", "num_classes", "modality"}
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or needed - set(facts):
@@ -354,7 +227,7 @@ def load_model(
         raise InvalidInput(
             f"{path} holds weights without a model; give file.py:factory as MODEL and this file as --weights."
         )
-    return _load_script(path, trust=trust), {"kind": "script", "path": str(path)}, True
+    return load_script(path, trust=trust), {"kind": "script", "path": str(path)}, True
 
 
 @torch.no_grad()
@@ -362,17 +235,13 @@ def as_subject(model: nn.Module, name: str, task: Task) -> Subject:
     """Try the model on one example of the task, and wrap it; every mismatch is one sentence."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    flags = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        logits = model(task.test.x[:2].to(device))
+        with evaluating(model):
+            logits = model(task.test.x[:2].to(device))
     except Exception as error:
         raise InvalidInput(
-            f"The model {name} fails on inputs of shape {task.input_shape} ({_first_line(error)}); check that model and data fit."
+            f"The model {name} fails on inputs of shape {task.input_shape} ({first_line(error)}); check that model and data fit."
         ) from error
-    finally:
-        for module, training in flags:
-            module.training = training
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InvalidInput(
