@@ -12,8 +12,8 @@ The regulariser is negative and smallest where p agrees with t; for a false labe
 adds a second network, weight-averaged teachers that exchange targets, and mixup (`surefoot.noisy_labels.elr_plus`).
 
 Check the indices: they must be positions in the *data set*, whatever the shuffling or subsetting (once, before training: does
-`labels_of_the_data_set[index]` equal the batch's labels?). Wrong ones raise no error: t then averages over strangers and
-training behaves like plain cross-entropy. (The other silent failure: p itself in t's place, beta = 0, collapses at lam = 3.)
+`labels_of_the_data_set[index]` equal the batch's labels?). Wrong ones raise no error: t then averages over other samples, and
+training behaves like plain cross-entropy. Another silent failure is beta = 0, which puts p in t's place: at lam = 3 it collapses.
 The state takes N K floats; `state_dtype=torch.float16` halves it, and it may live on another device than the logits. With ranks
 that exchange samples pass `all_ranks=True`, so that every rank sees every visit.
 
@@ -25,22 +25,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surefoot.core.task import Task
-from surefoot.core.treatment import Batch, Treatment
-from surefoot.errors import (
-    check,
-    check_at_least,
-    check_choice,
-    check_non_negative,
+from surefoot.errors import check, check_at_least, check_choice, check_non_negative
+from surefoot.noisy_labels.losses import (
+    REDUCTIONS,
+    PerSampleLoss,
+    Reduction,
+    check_batch,
+    check_index,
+    reduce_loss,
 )
-from surefoot.noisy_labels.losses import REDUCTIONS, Reduction, check_batch, check_index, reduce_loss
 
 
 class TemporalEnsemble(nn.Module):
@@ -268,30 +268,12 @@ def memorization_curve(
 
 
 @dataclass
-class ELR(Treatment):
+class ELR(PerSampleLoss[ELRLoss]):
     """Early-learning regularisation in the training loop: replaces cross-entropy by `ELRLoss`."""
 
+    slug = "elr"
     lam: float = 3.0
     beta: float = 0.7
-    loss_: ELRLoss | None = field(default=None, init=False, repr=False, compare=False)
-    slug = "elr"
 
-    def check(self, model: nn.Module, task: Task) -> None:
-        check(task.train.y is not None and len(task.train) > 0, "elr needs training examples with labels.")
-        check_non_negative("lam", self.lam)
-        check(0.0 <= self.beta < 1.0, f"beta must lie in [0, 1), got {self.beta!r}.")
-
-    def prepare(self, model: nn.Module, task: Task) -> tuple[nn.Module, Task]:
-        self.loss_ = ELRLoss(len(task.train), task.num_classes, lam=self.lam, beta=self.beta).to(task.device)
-        return model, task
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        assert self.loss_ is not None
-        return self.loss_(model(batch.x), batch.y, batch.index)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.loss_ is None else {"targets": self.loss_.targets}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state and self.loss_ is not None:
-            self.loss_.load_state_dict(dict(state))
+    def make_loss(self, num_samples: int, num_classes: int) -> ELRLoss:
+        return ELRLoss(num_samples, num_classes, lam=self.lam, beta=self.beta)

@@ -25,18 +25,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surefoot.core.task import Task
-from surefoot.core.treatment import Batch, Treatment
 from surefoot.errors import InvalidInput, check, check_at_least, check_choice, check_non_negative, check_positive
 from surefoot.noisy_labels.losses import (
     REDUCTIONS,
+    PerSampleLoss,
     Reduction,
     check_batch,
     check_index,
@@ -267,38 +266,18 @@ def label_suspicion(
 
 
 @dataclass
-class LDR(Treatment):
+class LDR(PerSampleLoss[ALDRKLLoss]):
     """Label-distributionally robust loss in the training loop: adaptive (ALDR-KL), or LDR-KL at lam0 with `adaptive=False`.
 
     lam0 = 10 and not the paper's 1, because with normalised logits 1 fits the noise and 10 costs nothing on clean labels.
     """
 
+    slug = "ldr"
     lam0: float = 10.0
     alpha: float = 2.0
     margin: float = 0.1
     normalize: Normalize = "l1"
     adaptive: bool = True
-    loss_: ALDRKLLoss | None = field(default=None, init=False, repr=False, compare=False)
-    slug = "ldr"
 
-    def _make(self, num_samples: int, num_classes: int) -> ALDRKLLoss:
+    def make_loss(self, num_samples: int, num_classes: int) -> ALDRKLLoss:
         return ALDRKLLoss(num_samples, num_classes, lam0=self.lam0, alpha=self.alpha, margin=self.margin, normalize=self.normalize, adapt=self.adaptive)  # fmt: skip
-
-    def check(self, model: nn.Module, task: Task) -> None:
-        check(task.train.y is not None and len(task.train) > 0, "ldr needs training examples with labels.")
-        self._make(1, 2)
-
-    def prepare(self, model: nn.Module, task: Task) -> tuple[nn.Module, Task]:
-        self.loss_ = self._make(len(task.train), task.num_classes).to(task.device)
-        return model, task
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        assert self.loss_ is not None
-        return self.loss_(model(batch.x), batch.y, batch.index)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.loss_ is None else {"temperatures": self.loss_.temperatures}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state and self.loss_ is not None:
-            self.loss_.load_state_dict(dict(state))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from surefoot.errors import check, check_choice, check_non_negative, check_open_
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
+L = TypeVar("L", bound=nn.Module)
 
 
 def check_batch(
@@ -267,3 +268,33 @@ class RobustLoss(Treatment):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return LOSSES[self.name](**self.options)(model(batch.x), batch.y)
+
+
+@dataclass
+class PerSampleLoss(Treatment, Generic[L]):
+    """Base of treatments whose loss `loss(logits, target, index)` keeps a state for each training sample, in its buffers."""
+
+    loss_: L | None = field(default=None, init=False, repr=False, compare=False)
+
+    def make_loss(self, num_samples: int, num_classes: int) -> L:
+        """The loss with the treatment's settings; raises for bad ones."""
+        raise NotImplementedError
+
+    def check(self, model: nn.Module, task: Task) -> None:
+        check(task.train.y is not None and len(task.train) > 0, f"{self.slug} needs training examples with labels.")
+        self.make_loss(1, 2)
+
+    def prepare(self, model: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+        self.loss_ = self.make_loss(len(task.train), task.num_classes).to(task.device)
+        return model, task
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        assert self.loss_ is not None
+        return self.loss_(model(batch.x), batch.y, batch.index)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.loss_ is None else self.loss_.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state and self.loss_ is not None:
+            self.loss_.load_state_dict(dict(state))
