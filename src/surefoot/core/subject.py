@@ -19,8 +19,7 @@ class Subject:
 
     `model` maps *raw* inputs (images in [0, 1], tables as they come) to logits `[B, num_classes]`: normalisation is
     its first layer (`surefoot.models.Normalized`), so radii and budgets are always in the scale of the data.
-    `bounds` is the valid range of an input, None where there is none. `recipe` says how to build it again
-    (see `surefoot.models.load_subject`).
+    `bounds` is the valid range of an input, None where there is none.
     """
 
     model: nn.Module
@@ -30,7 +29,6 @@ class Subject:
     num_classes: int
     bounds: tuple[float, float] | None = (0.0, 1.0)
     class_names: tuple[str, ...] = ()
-    recipe: str | None = None
 
     def with_model(self, model: nn.Module) -> Subject:
         return replace(self, model=model)

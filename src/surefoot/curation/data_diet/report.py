@@ -12,8 +12,10 @@ from surefoot.errors import InvalidInput, check
 
 
 class Window(NamedTuple):
-    """How many examples, from hard to easy, are skipped, kept and left out. The released code of the paper counts its offset
-    from the easy end: there it is `easiest`."""
+    """How many examples, from hard to easy, are skipped, kept and left out.
+
+    The released code of the paper counts its offset from the easy end: there it is `easiest`.
+    """
 
     hardest: int
     kept: int

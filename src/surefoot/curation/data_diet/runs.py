@@ -172,8 +172,10 @@ def _check_logits(logits: Tensor, y: Tensor, index: Tensor) -> int:
 
 
 class ForgettingTracker(nn.Module):
-    """Counts, per example, how often it went from classified right to wrong between visits (Toneva et al. 2019, arXiv
-    1812.05159). Call `update` with what each training batch got right before the step. Never learned counts as infinite.
+    """Counts, per example, how often it went from classified right to classified wrong between two visits.
+
+    Call `update` with what each training batch got right before the step. An example that was never right counts as infinite.
+    Source: Toneva et al. 2019, arXiv 1812.05159.
     """
 
     last: Tensor
@@ -206,7 +208,7 @@ class ForgettingTracker(nn.Module):
 
 
 def weight_hash(model: nn.Module) -> str:
-    """A fingerprint of parameters and buffers."""
+    """The first 16 hex digits of a sha256 over names and bytes of parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -56,15 +56,18 @@ class DataDiet(Treatment):
     """Train on the hard part of the data only.
 
     `prepare` trains `runs` copies for `epochs` epochs, scores every training example without augmentation, and keeps the
-    highest-scoring `fraction`; `offset` is the share of the very hardest that is dropped as suspected noise, and an example's
-    `batch.index` is then its position in the *smaller* split (`kept_` maps back). It prepares before
-    the other treatments of a stack, which then hold one value per example that is left. Copies are initialised anew; `fresh=False` keeps the given weights, for fine-tuning, so that runs differ by batch order.
+    highest-scoring `fraction`; `offset` is the share of the very hardest that is dropped as suspected noise. An example's
+    `batch.index` is then its position in the *smaller* split (`kept_` maps back); `prepare` comes before that of the other
+    treatments of a stack, which therefore hold one value per example that is left. Copies are initialised anew;
+    `fresh=False` keeps the given weights, for fine-tuning, so that the runs differ by batch order only.
 
     The paper compares at equal numbers of *steps*: set `Training.steps` to what the full set would take
     (epochs * ceil(n / batch_size)), or fewer examples mean fewer steps, cheaper and a little worse.
     """
 
+    slug = "data_diet"
     prepare_order: ClassVar[int] = -10
+
     fraction: float = 0.7
     score: Literal["el2n", "l1", "max_margin", "sum_margin", "grand", "grand_last_layer", "grand_sketch", "forgetting"] = "el2n"  # fmt: skip
     offset: float = 0.0
@@ -77,8 +80,6 @@ class DataDiet(Treatment):
     kept_: Tensor | None = field(default=None, init=False, repr=False)  # int64 [kept], positions in the full split
     scores_: Tensor | None = field(default=None, init=False, repr=False)  # float64 [n]
     report_: ScoreReport | None = field(default=None, init=False, repr=False)
-
-    slug = "data_diet"
 
     def __post_init__(self) -> None:
         check(0.0 < self.fraction <= 1.0, f"fraction must lie in (0, 1], got {self.fraction!r}.")

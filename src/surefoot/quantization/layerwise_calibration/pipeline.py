@@ -209,7 +209,7 @@ def export_quantized(model: nn.Module) -> QuantizedExport:
 
 @torch.no_grad()
 def load_export(model: nn.Module, export: QuantizedExport) -> nn.Module:
-    """Load an export into a quantized model of the same structure (see `rebuild`), in place."""
+    """Load an export into a quantized model of the same structure (see `rebuild_quantized`), in place."""
     state = dict(export.tensors)
     for name, bits in export.bits.items():
         prefix = f"{name}." if name else ""

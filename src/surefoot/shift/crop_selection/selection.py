@@ -30,6 +30,7 @@ def as_pair(name: str, size: Size) -> tuple[int, int]:
 
 
 def grid_size(image_size: Size, crop_size: Size) -> tuple[int, int]:
+    """Positions (a, b) that a crop can take: H - h + 1 rows and W - w + 1 columns."""
     (height, width), (h, w) = as_pair("image_size", image_size), as_pair("crop_size", crop_size)
     check(h <= height and w <= width, f"The crop {h}x{w} is larger than the image {height}x{width}.")
     return height - h + 1, width - w + 1
@@ -83,6 +84,7 @@ def check_pixels(x: Tensor) -> None:
 
 
 def to_bytes(x: Tensor) -> Tensor:  # uint8
+    """Bytes as they are; floating images in [0, 1] rounded to 255ths and cut to the range."""
     if x.dtype == torch.uint8:
         return x
     check_pixels(x)
@@ -110,8 +112,11 @@ def score_map(
     crop_size: tuple[int, int],
     score: Score = "dog",
 ) -> Tensor:  # [B, H - h + 1, W - w + 1]
-    """The score of every crop, read at its centre pixel. "dog": |difference of binomials|; "center": 3x3 binomial; "random": a fixed
-    filter of random integers; or `score(grey, crop_size)`, which must depend on nothing but each crop's content."""
+    """The score of every crop, read at its centre pixel.
+
+    "dog": |difference of binomials|; "center": 3x3 binomial; "random": a fixed filter of random integers; or a function
+    `score(grey, crop_size)`, which must depend on nothing but each crop's content.
+    """
     a, b = grid_size((grey.shape[1], grey.shape[2]), crop_size)
     if callable(score):
         answer = score(grey, crop_size)
@@ -163,8 +168,9 @@ def content_ranks(
     x: Tensor,  # uint8 [B, C, H, W]
     crop_size: tuple[int, int],
 ) -> Tensor:  # int64 [B, H - h + 1, W - w + 1]
-    """Ranks of all crops in an order of their bytes: equal ranks are equal crops, and which of two crops comes first depends on
-    the two alone.
+    """Ranks of all crops in an order of their bytes.
+
+    Equal ranks are equal crops, and which of two crops comes first depends on the two alone.
 
     Names of squares twice as large are made from pairs of names (Karp, Miller and Rosenberg 1972): log2(h) + log2(w) sorts of
     the whole map in place of comparing crops pixel by pixel.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from surefoot.core.subject import predict
 from surefoot.core.task import Task
 from surefoot.core.treatment import Treatment
-from surefoot.errors import Refused, check, check_at_least, check_choice, check_open_unit
+from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_choice, check_open_unit
 from surefoot.shift.crop_selection.selection import (
     Mode,
     Score,
@@ -93,8 +93,10 @@ class CropSelection(nn.Module):
         return ((positions >= 2 * max_shift) & (positions <= last)).all(1)
 
     def border_share(self, x: Tensor) -> float:
-        """Share of images whose crop lies on the border of the position grid; above
-        `uniform_border_share` the bound's assumption fails and changes are more frequent than it says."""
+        """Share of images whose crop lies on the border of the position grid.
+
+        Above `uniform_border_share` the bound's assumption fails, and changes are more frequent than it says.
+        """
         positions = self.select(x)
         last = torch.tensor(self._grid(), device=x.device) - 1
         return float(((positions == 0) | (positions == last)).any(1).double().mean())
@@ -130,7 +132,11 @@ class RandomCrop:
     mode: Mode = "realistic"
     output_size: tuple[int, int] | None = None
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,  # [B, C, H, W]
+        generator: torch.Generator,
+    ) -> Tensor:  # [B, C, h, w], or of `output_size`
         grid = x.shape[2:] if self.mode == "cyclic" else grid_size((x.shape[2], x.shape[3]), self.crop_size)
         places = [torch.randint(n, (len(x),), generator=generator, device=generator.device) for n in grid]
         extended = wrap_around(x, self.crop_size) if self.mode == "cyclic" else x
@@ -194,21 +200,23 @@ class CropSelectionTreatment(Treatment):
         return {"image_size": self.image_size_, "crop_size": self.crop_size_, "output_size": self.output_size_}
 
     def rebuild(self, model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
-        image_size, crop_size, output_size = (
-            None if structure[key] is None else tuple(structure[key])
-            for key in ("image_size", "crop_size", "output_size")
-        )
-        check(image_size is not None and crop_size is not None, "crop_selection has no sizes yet; call prepare first.")
-        return CropSelection(model, image_size, crop_size, self.score, self.mode, output_size)  # type: ignore[arg-type]
+        image_size, crop_size, output_size = _sizes_in(structure)
+        if image_size is None or crop_size is None:
+            raise InvalidInput("crop_selection has no sizes yet; call prepare first.")
+        return CropSelection(model, image_size, crop_size, self.score, self.mode, output_size)
 
     def state_dict(self) -> dict[str, Any]:
         return self.structure()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        sizes = (
-            None if state[key] is None else tuple(state[key]) for key in ("image_size", "crop_size", "output_size")
-        )
-        self.image_size_, self.crop_size_, self.output_size_ = sizes
+        self.image_size_, self.crop_size_, self.output_size_ = _sizes_in(state)
+
+
+def _sizes_in(structure: Mapping[str, Any]) -> Iterator[tuple[int, int] | None]:
+    """Image, crop and output size as pairs; JSON made lists of them."""
+    for key in ("image_size", "crop_size", "output_size"):
+        size = structure[key]
+        yield None if size is None else (int(size[0]), int(size[1]))
 
 
 def _takes(model: nn.Module, task: Task, crop_size: tuple[int, int]) -> bool:
