@@ -1,4 +1,4 @@
-"""The treatments that an instrument names: each is in the catalogue, named once, and what can be applied is named somewhere."""
+"""What classes say of methods by name is in the catalogue: the treatments an instrument points to, the methods a treatment excludes."""
 
 import pytest
 
@@ -21,3 +21,11 @@ def test_every_treatment_that_promises_a_measured_number_is_named():
     treatments = {method.slug for method in catalog.methods() if method.treatment}
     assert treatments - UNMEASURED <= {name for fix in NAMED.values() for name in fix}
     assert treatments >= UNMEASURED
+
+
+def test_every_excluded_method_is_in_the_catalogue():
+    for method in catalog.methods():
+        if method.treatment:
+            for other, reason in catalog.make_treatment(method.slug).excludes.items():
+                assert catalog.find(other).slug == other != method.slug
+                assert reason.endswith("."), f"{method.slug}: {reason}"
