@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -296,9 +297,10 @@ def test_alpha_stays_in_its_range_whatever_comes():
 def test_gamma_follows_the_published_normalisation():
     model = adaptive()
     x = torch.rand(16, 1, 8, 8, generator=rng())
-    g, h = (list(m)[:3] for m in (model.accurate, model.robust))
+    both = [list(m.children()) for m in (model.accurate, model.robust)]
+    g, h = (layers[:3] for layers in both)
     first = [nn.Sequential(*g)(x), nn.Sequential(*h)(x)]
-    second = [nn.Sequential(*list(m)[3:6])(f) for m, f in zip((model.accurate, model.robust), first)]
+    second = [nn.Sequential(*layers[3:6])(f) for layers, f in zip(both, first)]
     model.train()
     features = [(first[k], second[k]) for k in (0, 1)]
     raw = copy.deepcopy(model.mixing)(*features)
@@ -440,7 +442,8 @@ def test_treatment_refuses_what_it_cannot_use():
     task = small_task()
     with pytest.raises(Refused, match="hidden layers"):
         fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), task, Training(epochs=1), [quick()])
-    for changes in ({"alpha_range": (0.4, 0.9)}, {"eps": 0.0}, {"norm": "l3"}, {"robust_epochs": 0}):
+    bad: list[Any] = [{"alpha_range": (0.4, 0.9)}, {"eps": 0.0}, {"norm": "l3"}, {"robust_epochs": 0}]
+    for changes in bad:
         with pytest.raises(InvalidInput):
             a_s.AdaptiveSmoothing(**changes)
 

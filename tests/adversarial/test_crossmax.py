@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from surefoot.adversarial import crossmax as cm
+from surefoot.adversarial.crossmax.ensemble import Probe
 from surefoot.adversarial.crossmax.inputs import roll
 from surefoot.core.task import Split, Task, Training
 from surefoot.errors import InvalidInput, Refused
@@ -138,7 +140,7 @@ def test_gradient_is_sparse_and_the_surrogates_is_not():
         (lambda: cm.MultiResolutionInput((8,))(2 * torch.ones(1, 1, 8, 8)), "must lie in"),
         (lambda: cm.MultiResolutionInput((8,))(torch.rand(4, 64)), "floating .B, C, H, W"),
         (lambda: cm.MultiResolutionInput((8,), grey=(0.5, 1.2)), "grey"),
-        (lambda: cm.MultiResolutionInput((8,), noise="salt"), "noise"),
+        (lambda: cm.MultiResolutionInput((8,), noise="salt"), "noise"),  # type: ignore[arg-type]
         (lambda: cm.SelfEnsemble(net(), ["2"], 4, example=torch.rand(2, 1, 8, 8)), "2 layers beside the head"),
         (lambda: cm.SelfEnsemble(net(), ["2", "nine"], 4, example=torch.rand(2, 1, 8, 8)), "no layer 'nine'"),
         (lambda: cm.SelfEnsemble(net(), ["2", "5"], 4, example=torch.rand(2, 1, 8, 8), k=4), "k must lie"),
@@ -204,7 +206,8 @@ def test_every_image_rolls_by_itself(shape):
     loop = torch.stack([torch.roll(image, tuple(s.tolist()), (-2, -1)) for image, s in zip(x, shift)])
     assert torch.equal(made, loop)
     weight = torch.rand(shape, generator=rng(2))
-    assert torch.allclose(*(torch.autograd.grad((weight * out).sum(), x)[0] for out in (made, loop)))
+    ours, slow = (torch.autograd.grad((weight * out).sum(), x)[0] for out in (made, loop))
+    assert torch.allclose(ours, slow)
     shifts = {tuple(s.tolist()) for s in (cm.MultiResolutionInput((8,), jitter=1)._draw(torch.rand, (500, 2), x) * 3).floor().long() - 1}  # fmt: skip
     assert len(shifts) == 9
 
@@ -232,14 +235,15 @@ def test_tiled_kernel_keeps_the_function():
     model = Normalized(
         net(0, lambda: small_resnet((3, 8, 8), 4, widths=(4, 8))), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     ).eval()
-    wide = cm.widen_first_conv(model, 3)
+    wide: Any = cm.widen_first_conv(model, 3)
     assert torch.allclose(wide(x.repeat(1, 3, 1, 1)), model(x), atol=1e-5)
-    fresh = cm.widen_first_conv(model, 3, generator=rng(1))
+    fresh: Any = cm.widen_first_conv(model, 3, generator=rng(1))
+    again: Any = cm.widen_first_conv(model, 3, generator=rng(1))
     first = fresh.model[0].weight
     assert (
         first.shape[1] == 9 and first.abs().max() <= 1 / math.sqrt(81) and not torch.equal(first, wide.model[0].weight)
     )
-    assert torch.equal(fresh.model[0].weight, cm.widen_first_conv(model, 3, generator=rng(1)).model[0].weight)
+    assert torch.equal(fresh.model[0].weight, again.model[0].weight)
 
 
 @pytest.mark.parametrize(
@@ -286,13 +290,16 @@ def test_any_network_becomes_an_ensemble(build):
     assert torch.equal(ensemble(x), cm.crossmax(predictors))  # the sibling did not change this one
     _, features = tapped(model, layers, x)
     probe = ensemble.probes[0]
+    assert isinstance(probe, Probe)
     assert torch.allclose(predictors[:, 0], probe.linear(probe.norm(features[0].flatten(1))), atol=1e-5)
 
 
 def test_large_maps_are_averaged_before_they_are_flattened():
     model, x = net(0, lambda: small_cnn((1, 32, 32), 4, widths=(4, 6, 6))), torch.rand(2, 1, 32, 32)
     ensemble = cm.SelfEnsemble(model, ["2", "5"], 4, example=x, max_features=256)
-    assert all(p.linear.in_features <= 256 for p in ensemble.probes) and ensemble.eval()(x).shape == (2, 4)
+    assert all(isinstance(p, Probe) and p.linear.in_features <= 256 for p in ensemble.probes) and ensemble.eval()(
+        x
+    ).shape == (2, 4)
 
 
 def test_probes_learn_and_the_backbone_does_not_move():
@@ -403,9 +410,10 @@ def test_treatment_refuses_what_it_cannot_use():
         fit(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 4)), data, TRAINING, [cm.CrossMax()])
     with pytest.raises(Refused, match=r"images .C, H, W."):
         fit(net(), data.changed(bounds=(-1.0, 1.0)), TRAINING, [cm.CrossMax()])
-    fixed = nn.Sequential(nn.BatchNorm2d(1), *net())
+    fixed = nn.Sequential(nn.BatchNorm2d(1), *net().children())
     with pytest.raises(InvalidInput, match="widened network"):
         fit(fixed, data, TRAINING, [cm.CrossMax()])
-    for changes in ({"layers": 1}, {"k": 9}, {"noise": -1.0}):
+    bad: list[Any] = [{"layers": 1}, {"k": 9}, {"noise": -1.0}]
+    for changes in bad:
         with pytest.raises(InvalidInput):
             cm.CrossMax(**changes)

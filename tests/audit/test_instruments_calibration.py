@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from surefoot.audit.instruments.calibration import PER_BIN, Calibration, calibration_error
 from surefoot.contracts import check_instrument
+from surefoot.core.finding import Chart
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
 from surefoot.errors import InvalidInput
@@ -111,13 +112,15 @@ def test_parts_by_hand():
     task = Task("toy", split, split, split, 2, "vector", None)
     found = Calibration().measure(Subject(Two(), "toy", "vector", (1,), 2, None), task)
     gap, loss, brier = found.parts
+    assert gap.samples is not None
     np.testing.assert_allclose(gap.samples, [-0.1, -0.1, 0.9, -0.2], atol=1e-6)
     assert gap.value == pytest.approx((0.9 * 3 + 0.8) / 4 - 0.75)
     assert loss.value == pytest.approx(-np.mean(np.log([0.9, 0.9, 0.1, 0.8])), abs=1e-6)
     assert brier.value == pytest.approx(np.mean([0.02, 0.02, 1.62, 0.08]), abs=1e-6)
     assert found.value == pytest.approx(gap.value)  # one bin
     assert found.better == "lower"
-    assert found.pictures[0].figure["data"][1]["y"] == [0.75]
+    chart = found.pictures[0]
+    assert isinstance(chart, Chart) and chart.figure["data"][1]["y"] == [0.75]
 
 
 def test_bad_input_is_one_clear_sentence():

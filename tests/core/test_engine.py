@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,14 +226,15 @@ def test_peak_memory_is_the_cells_own(path):
 
 
 def test_arguments_that_cannot_be(path):
-    for arguments in (
+    bad: list[dict[str, Any]] = [
         {"seeds": 0},
         {"seeds": [1, 1]},
         {"seeds": []},
         {"tier": "standard"},
         {"workers": 0},
         {"only_arms": ["x"]},
-    ):
+    ]
+    for arguments in bad:
         with pytest.raises(InvalidInput):
             run_trial(TOY, store=path, **arguments)
     with pytest.raises(InvalidInput, match="tuning seeds"):
@@ -422,6 +424,7 @@ class Nursery:
         return int(status), json.loads(Path(file).read_text()) if Path(file).exists() else None
 
     def _say(self, word):
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
         return self._process.stdout.readline().strip()
@@ -430,6 +433,7 @@ class Nursery:
         return self
 
     def __exit__(self, *_):
+        assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=30)
 

@@ -70,6 +70,7 @@ def claim_in_another_process(path):
     )
     source = str(Path(store_module.__file__).parents[2])
     child = subprocess.Popen([sys.executable, "-c", code, str(path), source], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
     token = child.stdout.readline().strip()
     return child, token
 
@@ -145,9 +146,8 @@ def test_processes_share_the_cells(tmp_path):
     assert [process.exitcode for process in pullers] == [0] * 4
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(60))
     with Store(tmp_path / "s.db") as store:
-        assert {cell.seed: outcome.metrics["seed"] for cell, outcome in store.outcomes(cells).items()} == {
-            seed: float(seed) for seed in range(60)
-        }
+        found = {cell.seed: (outcome.metrics or {})["seed"] for cell, outcome in store.outcomes(cells).items()}
+        assert found == {seed: float(seed) for seed in range(60)}
 
 
 def test_a_transaction_that_fails_leaves_nothing(store):

@@ -58,7 +58,7 @@ def method(task, generator, strength):
 
 
 def net(task, generator):
-    model = nn.Linear(*task.input_shape, task.num_classes)
+    model = nn.Linear(task.input_shape[0], task.num_classes)
     nn.init.normal_(model.weight, generator=generator)
     nn.init.zeros_(model.bias)
     return model

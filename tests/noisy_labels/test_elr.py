@@ -2,6 +2,7 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_bounded_where_the_model_and_its_target_are_sure():
     z = torch.tensor([[1e4, 0.0, 0.0]], requires_grad=True)
     value = loss(z, torch.tensor([0]), torch.tensor([0]))
     value.backward()
-    assert value.isfinite() and z.grad.isfinite().all()
+    assert z.grad is not None and value.isfinite() and z.grad.isfinite().all()
     assert value.item() >= 3 * torch.tensor(1e-4).log().item() - 1.0
 
 
@@ -207,16 +208,20 @@ def test_elr_plus_mixes_targets_ramps_and_filters():
 
 
 def test_update_ema_of_weights_and_buffers():
-    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    linear, norm = nn.Linear(2, 3), nn.BatchNorm1d(3)
+    net = nn.Sequential(linear, norm)
     ema = copy.deepcopy(net)
-    before = ema[0].weight.clone()
+    slow, slow_norm = ema
+    assert isinstance(slow, nn.Linear) and isinstance(slow_norm, nn.BatchNorm1d)
+    before = slow.weight.clone()
     with torch.no_grad():
-        net[0].weight.add_(1.0)
+        linear.weight.add_(1.0)
     net(torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
     update_ema(ema, net, 0.9)
-    torch.testing.assert_close(ema[0].weight, before + 0.1)
-    torch.testing.assert_close(ema[1].running_mean, 0.1 * net[1].running_mean)
-    assert ema[1].num_batches_tracked == 1
+    torch.testing.assert_close(slow.weight, before + 0.1)
+    assert norm.running_mean is not None
+    torch.testing.assert_close(slow_norm.running_mean, 0.1 * norm.running_mean)
+    assert slow_norm.num_batches_tracked == 1
 
 
 def plus_run(path=None, epochs=4, stop=None, seed=0, progress=None):
@@ -227,9 +232,9 @@ def plus_run(path=None, epochs=4, stop=None, seed=0, progress=None):
     data = torch.utils.data.TensorDataset(task.train.x, y, torch.arange(len(y)))
     source = torch.Generator().manual_seed(seed)
     loader = torch.utils.data.DataLoader(data, 50, shuffle=True, generator=source)
-    settings = {"num_samples": 300, "num_classes": 10, "ema_step": 0, "ema_alpha": 0.9}
+    settings: Any = {"num_samples": 300, "num_classes": 10, "ema_step": 0, "ema_alpha": 0.9}
     generator = torch.Generator().manual_seed(seed)
-    result = train_elr_plus(*nets, loader, *optimizers, epochs=stop or epochs, generator=generator, checkpoint=path, progress=progress, **settings)  # fmt: skip
+    result = train_elr_plus(nets[0], nets[1], loader, optimizers[0], optimizers[1], epochs=stop or epochs, generator=generator, checkpoint=path, progress=progress, **settings)  # fmt: skip
     return result, task
 
 
@@ -297,7 +302,8 @@ def test_bad_batches(logits, target, index, says):
 
 
 def test_bad_settings_and_states():
-    for settings in ({"beta": 1.0}, {"beta": -0.1}, {"lam": -1.0}, {"clamp": 0.0}, {"reduction": "median"}):
+    bad: list[Any] = [{"beta": 1.0}, {"beta": -0.1}, {"lam": -1.0}, {"clamp": 0.0}, {"reduction": "median"}]
+    for settings in bad:
         with pytest.raises(InvalidInput):
             ELRLoss(4, 3, **settings)
     with pytest.raises(InvalidInput, match="num_samples"):
@@ -324,6 +330,13 @@ def accuracy(model, split):
     return (model(split.x).argmax(1) == split.y).float().mean().item()
 
 
+def loss_of(run) -> ELRLoss:
+    """What a run of the treatment alone has learned of the labels."""
+    (treatment,) = run.treatments
+    assert isinstance(treatment, ELR) and treatment.loss_ is not None
+    return treatment.loss_
+
+
 @pytest.mark.slow
 def test_treatment_keeps_what_cross_entropy_loses():
     """40 % symmetric noise, 600 test images: one standard error of either accuracy is below 2 points."""
@@ -331,7 +344,7 @@ def test_treatment_keeps_what_cross_entropy_loses():
     training = Training(epochs=80, optimizer="sgd", lr=0.02, schedule="constant")
     plain, treated = fit(model, task, training), fit(model, task, training, (ELR(),))
     assert accuracy(treated.model, task.test) - accuracy(plain.model, task.test) > 0.1
-    found = treated.treatments[0].loss_.suspected(task.train.labels)
+    found = loss_of(treated).suspected(task.train.labels)
     false = task.train.y != task.train.true_y
     assert false[found].float().mean() > 0.8 and len(found) > 0.7 * false.sum()
 
@@ -349,7 +362,7 @@ def test_treatment_contract(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(model, task, training, (treatment,), checkpoint=path, progress=interrupt)
     resumed = fit(model, task, training, (treatment,), checkpoint=path)
-    assert torch.equal(resumed.treatments[0].loss_.targets, first.treatments[0].loss_.targets)
+    assert torch.equal(loss_of(resumed).targets, loss_of(first).targets)
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name])
 
@@ -358,7 +371,7 @@ def test_treatment_follows_a_double_model():
     task, model = noisy_digits(1)
     few = replace(task.train.take(slice(0, 64)), x=task.train.x[:64].double())
     run = fit(model.double(), task.changed(train=few), Training(epochs=1), (ELR(),))
-    assert run.treatments[0].loss_.targets.dtype == torch.float64
+    assert loss_of(run).targets.dtype == torch.float64
 
 
 def interrupt(done, steps, loss):

@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,8 @@ def test_label_suspicion_ranks_by_loss_and_breaks_ties_by_temperature():
 
 def test_bad_input():
     logits, y, index = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 1])
-    for settings in ({"lam0": 0.0}, {"alpha": 1.0}, {"margin": -1.0}, {"normalize": "l2"}, {"reduction": "median"}):
+    bad: list[Any] = [{"lam0": 0.0}, {"alpha": 1.0}, {"margin": -1.0}, {"normalize": "l2"}, {"reduction": "median"}]
+    for settings in bad:
         with pytest.raises(InvalidInput):
             ALDRKLLoss(2, 3, **settings)
     with pytest.raises(InvalidInput, match="lam must be positive"):
@@ -271,7 +273,14 @@ def test_treatment_trains_and_keeps_the_contract(treatment, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(model, task, short, (treatment,), checkpoint=path, progress=interrupt)
     resumed, whole = fit(model, task, short, (treatment,), checkpoint=path), fit(model, task, short, (treatment,))
-    assert torch.equal(resumed.treatments[0].loss_.temperatures, whole.treatments[0].loss_.temperatures)
+    assert torch.equal(temperatures(resumed), temperatures(whole))
+
+
+def temperatures(run) -> torch.Tensor:
+    """What a run of the treatment alone has learned."""
+    (treatment,) = run.treatments
+    assert isinstance(treatment, LDR) and treatment.loss_ is not None
+    return treatment.loss_.temperatures
 
 
 def interrupt(done, steps, loss):
@@ -288,5 +297,5 @@ def test_treatment_refuses():
         LDR().check(model, task.changed(train=task.train.take(slice(0, 0))))
     few = replace(task.train.take(slice(0, 64)), x=task.train.x[:64].double())
     run = fit(model.double(), task.changed(train=few), Training(epochs=1), (LDR(),))
-    assert run.treatments[0].loss_.temperatures.dtype == torch.float64
+    assert temperatures(run).dtype == torch.float64
     assert LDR().settings() == {"lam0": 10.0, "alpha": 2.0, "margin": 0.1, "normalize": "l1", "adaptive": True}

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from surefoot.core.task import Training
 from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput, Refused, UnsupportedOp
 from surefoot.models.networks import Normalized, mlp, seeded_build, small_cnn, small_resnet
+from surefoot.nn.quantizers import RangeRule
 from surefoot.quantization.layerwise_calibration import (
     LayerwiseCalibration,
     QuantizedLayer,
@@ -60,7 +62,9 @@ def model(task):
     """A trained net some of whose gammas are negative: the output of that channel before the ReLU is mirrored."""
     net = seeded_build(cnn, generator())
     with torch.no_grad():
-        net.model[1].weight[::3] *= -1
+        norm = net.get_submodule("model.1")
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.weight[::3] *= -1
     return fit(net, task, Training(epochs=6, lr=5e-3)).model
 
 
@@ -69,10 +73,11 @@ def x(task):
     return task.valid.x
 
 
-def plain(model, x, bits=(4, 4), rule="minmax", quantize_bias=True):
+def plain(model, x, bits: Any = (4, 4), rule: RangeRule = "minmax", quantize_bias=True):
     layout = read_layout(model)
     folded = fold_batchnorm(model, layout)
-    quantized = swap_layers(folded, dict.fromkeys(layout.layers, bits), quantize_bias=quantize_bias)
+    widths: dict[str, Any] = dict.fromkeys(layout.layers, bits)
+    quantized = swap_layers(folded, widths, quantize_bias=quantize_bias)
     measure_ranges(quantized, folded, x, rule=rule)
     return quantized, folded
 
@@ -354,6 +359,7 @@ def test_programme_equals_brute_force_with_the_tie_rule(seed, ties):
     for compression in (0.09, 0.13, 0.19):
         found = allocate_bits(table, compression)
         expected = brute_force(table, int(np.floor(compression * 32 * params.sum() * (1 + 1e-12))))
+        assert expected is not None
         assert found.loss == pytest.approx(expected[0], abs=1e-8)
         assert found.size_bits == expected[1]
         assert tuple(-weights for weights, _ in found.bits.values()) == expected[2]
@@ -390,7 +396,7 @@ def test_sensitivities(model, x, task):
     assert table.degradation[:, 0].sum() > 10 * table.degradation[:, 1].sum()
     assert table.params.tolist() == [72, 864, 1296, 120]
     assert table.macs is not None and table.macs.tolist() == [72 * 64, 864 * 16, 1296 * 16, 120]
-    tuned = {(2, 2): adaquant(model, x, 2, 2, "parallel", iters=100)}
+    tuned: dict[Any, nn.Module] = {(2, 2): adaquant(model, x, 2, 2, "parallel", iters=100)}
     better = layer_sensitivities(model, x, tuned=tuned)
     assert better.degradation[:, 0].sum() < table.degradation[:, 0].sum()
     labelled = [(x, task.valid.labels)]
@@ -420,7 +426,7 @@ def test_statistics_of_the_tuned_model_are_those_of_training(model, x, bits):
         assert torch.equal(
             layer.weight_quantizer.codes(layer.weight), before[name].weight_quantizer.codes(before[name].weight)
         )
-        if layer.out_std is None:
+        if layer.out_std is None or layer.out_mean is None:
             continue
         rows = layer(torch.cat(layer_inputs(tuned, name, x))).double().transpose(0, 1).flatten(1)
         alive = rows.var(1, correction=0) > 1e-3 * layer.out_std.square()
@@ -433,9 +439,10 @@ def test_statistics_of_the_tuned_model_are_those_of_training(model, x, bits):
 
 
 def test_constant_channels_keep_their_factor():
-    net = nn.Sequential(nn.Linear(4, 2, bias=False), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    first = nn.Linear(4, 2, bias=False)
+    net = nn.Sequential(first, nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 2)).eval()
     with torch.no_grad():
-        net[0].weight[0] = 0.0
+        first.weight[0] = 0.0
     data = torch.randn(64, 4, generator=generator())
     tuned = tune_statistics(plain(net, data)[0], data, prior=0.0)
     assert all(bool(torch.isfinite(value).all()) for value in tuned.state_dict().values())

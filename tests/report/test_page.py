@@ -82,7 +82,7 @@ def hardened() -> Hardened:
 def test_comparison_is_paired():
     (row,) = hardened().comparisons
     assert row.difference == pytest.approx(0.2)
-    assert row.low is not None
+    assert row.low is not None and row.high is not None
     assert 0 < row.low < 0.2 < row.high
     assert row.outcome == "improved"
 

@@ -23,11 +23,12 @@ from surefoot.sparsity.random_pruning import (
     sparsity_report,
     weight_scores,
 )
+from surefoot.sparsity.random_pruning.densities import Rule
 from surefoot.training.loop import fit
 
 CONV = {"conv1": (16, 3, 3, 3), "conv2": (32, 16, 3, 3), "conv3": (64, 32, 3, 3), "fc": (10, 64)}
 MLP = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
-RULES = ["uniform", "uniform_plus", "er", "erk", "erk_plus"]
+RULES: list[Rule] = ["uniform", "uniform_plus", "er", "erk", "erk_plus"]
 
 
 def build(factory=None, seed=0):
@@ -393,7 +394,7 @@ def test_treatment_checks_before_training(task):
     with pytest.raises(InvalidInput, match="no convolution or linear weight"):
         RandomPruning().check(nn.Flatten(), task)
     parametrized = build()
-    nn.utils.parametrizations.weight_norm(parametrized[0])
+    nn.utils.parametrizations.weight_norm(parametrized.get_submodule("0"))
     with pytest.raises(Refused, match="parametrized"):
         RandomPruning().check(parametrized, task)
 

@@ -66,6 +66,7 @@ def test_fixed_steps_count_whatever_the_size(task, model):
 @dataclass
 class Spy(Treatment):
     slug = "spy"
+    task_y: ClassVar[torch.Tensor]
 
     def prepare(self, model, task):
         self.calls_ = ["prepare"]
@@ -89,10 +90,12 @@ class Spy(Treatment):
 
 def test_moments_and_indices(task, model):
     spy = Spy()
-    spy.task_y = task.train.labels
+    Spy.task_y = task.train.labels
     run = fit(model, task, Training(epochs=1, batch_size=100), [spy])
-    assert run.treatments[0].calls_ == ["prepare", *["before", "after"] * 3, "finish"]
-    assert torch.cat(run.treatments[0].indices_).sort().values.tolist() == list(range(300))
+    (done,) = run.treatments
+    assert isinstance(done, Spy)
+    assert done.calls_ == ["prepare", *["before", "after"] * 3, "finish"]
+    assert torch.cat(done.indices_).sort().values.tolist() == list(range(300))
     assert not hasattr(spy, "calls_")
 
 
@@ -117,7 +120,8 @@ class Counter(Treatment):
 def test_data_is_chosen_before_others_prepare(task, model):
     run = fit(model, task, Training(epochs=1), [Counter(), Chooser()])
     assert [t.slug for t in run.treatments] == ["counter", "chooser"]
-    assert run.treatments[0].n_ == 50
+    counter = run.treatments[0]
+    assert isinstance(counter, Counter) and counter.n_ == 50
 
 
 @dataclass

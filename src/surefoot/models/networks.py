@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,10 @@ def small_cnn1d(input_shape: Sequence[int], num_classes: int, *, widths: Sequenc
     return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-def seeded_build(factory: Callable[[], nn.Module], generator: torch.Generator) -> nn.Module:
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def seeded_build(factory: Callable[[], Net], generator: torch.Generator) -> Net:
     """Call `factory` with its random initialisation drawn from `generator`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
