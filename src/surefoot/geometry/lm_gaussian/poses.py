@@ -25,7 +25,9 @@ class PoseIncrements(nn.Module):
         super().__init__()
         check(len(cameras) >= 2, f"Poses can be optimised for two or more cameras, got {len(cameras)}.")
         self.cameras, self.pull = tuple(cameras), pull
-        self.twists = nn.Parameter(torch.zeros(len(cameras), 6, dtype=cameras[0].w2c.dtype, device=cameras[0].w2c.device))
+        self.twists = nn.Parameter(
+            torch.zeros(len(cameras), 6, dtype=cameras[0].w2c.dtype, device=cameras[0].w2c.device)
+        )
         self.distance = (cameras[1].centre - cameras[0].centre).norm()
         check_positive("distance of the first two cameras", float(self.distance))
 
