@@ -58,9 +58,9 @@ def normalize_logits(
     return values / _row_scale(values)
 
 
-def _row_scale(logits: Tensor, out: Tensor | None = None) -> Tensor:  # [B, 1]
+def _row_scale(logits: Tensor, out: Tensor | None = None, *, validate: bool = True) -> Tensor:  # [B, 1]
     scale = torch.abs(logits, out=out).mean(1, keepdim=True)
-    if not bool(scale.detach().amin() > 0):
+    if validate and not bool(scale.detach().amin() > 0):
         row = int((scale.flatten() == 0).nonzero()[0])
         raise InvalidInput(f"Row {row} of the logits is all zero, so it cannot be normalised; pass normalize='none' or 'softplus'.")  # fmt: skip
     return scale
@@ -109,11 +109,11 @@ class _AdaptiveLDR(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, lam: Tensor, lam0: float, alpha: float, margin: float, l1: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, logits: Tensor, target: Tensor, lam: Tensor, lam0: float, alpha: float, margin: float, l1: bool, validate: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
         column, classes = target.unsqueeze(1), logits.shape[1]
         log_k = math.log(classes)
         u, grad = torch.empty_like(logits), torch.empty_like(logits)
-        scale = _row_scale(logits, out=u) if l1 else lam.new_ones(len(lam), 1)
+        scale = _row_scale(logits, out=u, validate=validate) if l1 else lam.new_ones(len(lam), 1)
         rate = 1 / (scale * lam.unsqueeze(1))
         torch.addcmul(-rate * logits.amax(1, keepdim=True), logits, rate, out=u)  # d / lam up to a constant of the row
         u.scatter_add_(1, column, (-margin / lam).unsqueeze(1))
@@ -136,7 +136,7 @@ class _AdaptiveLDR(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad, scale = ctx.saved_tensors
-        return grad * (grads[0].unsqueeze(1) / scale), None, None, None, None, None, None
+        return grad * (grads[0].unsqueeze(1) / scale), None, None, None, None, None, None, None
 
 
 class LDRKLLoss(nn.Module):
@@ -168,6 +168,7 @@ class ALDRKLLoss(nn.Module):
 
     `adapt=False` freezes them (LDR-KL at lam0). `paper_code=True` updates them as the released code does: from the logits
     *without* margin, with 1e-5 added to each probability; the quadratic term then no longer matches the maximum over lam.
+    `validate=False` trusts the values of a batch, so that adaptive training never waits for a GPU.
     """
 
     temperatures: Tensor
@@ -184,6 +185,7 @@ class ALDRKLLoss(nn.Module):
         reduction: Reduction = "mean",
         adapt: bool = True,
         paper_code: bool = False,
+        validate: bool = True,
     ) -> None:
         super().__init__()
         check_at_least("num_samples", num_samples, 1)
@@ -194,7 +196,14 @@ class ALDRKLLoss(nn.Module):
         check_choice("normalize", normalize, NORMALIZE)
         check_choice("reduction", reduction, REDUCTIONS)
         self.num_samples, self.num_classes = num_samples, num_classes
-        self.lam0, self.alpha, self.margin, self.adapt, self.paper_code = lam0, alpha, margin, adapt, paper_code
+        self.lam0, self.alpha, self.margin, self.adapt, self.paper_code, self.validate = (
+            lam0,
+            alpha,
+            margin,
+            adapt,
+            paper_code,
+            validate,
+        )
         self.normalize: Normalize = normalize
         self.reduction: Reduction = reduction
         self.register_buffer("temperatures", torch.full((num_samples,), float(lam0)))
@@ -206,7 +215,7 @@ class ALDRKLLoss(nn.Module):
         index: Tensor,  # integers [B], positions in the data set
     ) -> Tensor:  # scalar, or [B] with reduction "none"
         check_index(index, len(logits))
-        check_batch(logits, target, num_classes=self.num_classes, index=index, num_samples=self.num_samples)
+        check_batch(logits, target, num_classes=self.num_classes, index=index, num_samples=self.num_samples, values=self.validate)  # fmt: skip
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if self.temperatures.dtype != logits.dtype:
@@ -216,7 +225,7 @@ class ALDRKLLoss(nn.Module):
         if self.training and self.adapt and not self.paper_code:
             if self.normalize == "softplus":
                 logits = F.softplus(logits)
-            loss, new = _AdaptiveLDR.apply(logits, target, lam, self.lam0, self.alpha, self.margin, self.normalize != "none")  # type: ignore[misc]  # fmt: skip
+            loss, new = _AdaptiveLDR.apply(logits, target, lam, self.lam0, self.alpha, self.margin, self.normalize != "none", self.validate)  # type: ignore[misc]  # fmt: skip
             self.temperatures[where] = new.to(self.temperatures.device)
             return reduce_loss(loss, self.reduction)
         values = normalize_logits(logits, self.normalize)

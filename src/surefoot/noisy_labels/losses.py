@@ -44,8 +44,10 @@ def check_batch(
     num_classes: int | None = None,
     index: Tensor | None = None,  # integers [B]
     num_samples: int | None = None,
+    values: bool = True,
 ) -> None:
-    """One clear sentence for a batch that a loss cannot take. Values are read from the device once, whatever is checked."""
+    """One clear sentence for a batch that a loss cannot take. Values are read from the device once, whatever is checked; with
+    `values=False` only shapes and dtypes are looked at, and the device is not waited for."""
     shape = tuple(logits.shape)
     check(logits.dim() == 2 and logits.is_floating_point(), f"logits must be floating point [B, K], got {shape} {logits.dtype}.")  # fmt: skip
     check(shape[0] > 0, "logits hold an empty batch; give at least one example.")
@@ -53,6 +55,8 @@ def check_batch(
     check(num_classes in (None, shape[1]), f"logits have {shape[1]} classes, and the loss was made for {num_classes}.")
     check(target.dtype == torch.int64 and target.dim() == 1, f"target must be int64 class indices [B], got {tuple(target.shape)} {target.dtype}.")  # fmt: skip
     check(len(target) == shape[0], f"target has {len(target)} labels for {shape[0]} rows of logits.")
+    if not values:
+        return
     total = logits.detach().sum(dtype=torch.promote_types(logits.dtype, torch.float32))  # finite only if every entry is
     facts = [torch.isfinite(total), target.min(), target.max()]
     if index is not None:

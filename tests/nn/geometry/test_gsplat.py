@@ -76,7 +76,7 @@ def test_the_gradients_are_those_of_the_torch_backend():
         other = theirs[name]
         likeness = torch.nn.functional.cosine_similarity(mine.flatten(), other.flatten(), dim=0)
         assert likeness > 0.995, (name, likeness)
-        assert other.norm() / mine.norm() == pytest.approx(1, abs=0.05), name
+        assert float(other.norm() / mine.norm()) == pytest.approx(1, abs=0.05), name
 
 
 def test_opaque_splats_look_alike_too():
