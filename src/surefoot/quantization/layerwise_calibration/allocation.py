@@ -11,6 +11,7 @@ of fewer bits is taken, then the one with higher bits in earlier layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -213,13 +214,14 @@ def allocate_bits(
 
 def _choose(objective: np.ndarray, weights: np.ndarray, budget: float) -> np.ndarray:
     """Option index per layer `[L]`: least objective within the budget; ties: least weight, then earlier layers higher."""
-    keep = _undominated(objective, weights)
-    first = _solve(objective, keep, [(weights, budget)])
+    undominated = _undominated(objective, weights)
+    first = _solve(objective, _in_reach(objective, weights, budget, undominated), [(weights, budget)])
     assert first is not None
     rows = np.arange(len(objective))
     best = float(objective[rows, first].sum())
     # Ties: values are sums of floats, equal up to rounding.
     level = best + 1e-9 * max(abs(best), float(objective.max()) * 1e-3)
+    keep = _in_reach(objective, weights, budget, undominated, level)
     lightest = _solve(weights.astype(np.float64), keep, [(weights, budget), (objective, level)])
     picked = first if lightest is None or weights[rows, lightest].sum() > weights[rows, first].sum() else lightest
     limit = float(weights[rows, picked].sum()) * (1 + 1e-12)
@@ -231,6 +233,40 @@ def _undominated(objective: np.ndarray, weights: np.ndarray) -> Any:
     no_worse = (objective[:, None, :] <= objective[:, :, None]) & (weights[:, None, :] <= weights[:, :, None])
     better = (objective[:, None, :] < objective[:, :, None]) | (weights[:, None, :] < weights[:, :, None])
     return np.logical_not((no_worse & better).any(axis=2, keepdims=False))
+
+
+def _in_reach(
+    objective: np.ndarray, weights: np.ndarray, budget: float, keep: np.ndarray, level: float = math.inf
+) -> np.ndarray:
+    """The kept options that a solution with an objective of at most `level` can use, bool `[L, K]`; most are ruled out.
+
+    For every price p >= 0 the sum of the cheapest options by objective + p weight, less p budget, is a lower bound; taking another
+    option in a layer raises it by that option's surplus. p is bisected to where the cheapest options just fit the budget, which also
+    gives a solution, whose objective replaces a larger `level`.
+    """
+    values, rows = np.where(keep, objective, np.inf), np.arange(len(objective))
+
+    def cheapest(price: float) -> np.ndarray:
+        return (values + price * weights).argmin(1)
+
+    def fits(price: float) -> bool:
+        return float(weights[rows, cheapest(price)].sum()) <= budget
+
+    low, price = 0.0, float(objective.max()) / max(float(weights.max()), 1e-300)
+    for _ in range(200):
+        if fits(price):
+            break
+        low, price = price, 4 * price
+    else:
+        return keep  # only the lightest options fit, whatever they lose
+    for _ in range(50):
+        middle = (low + price) / 2
+        low, price = (low, middle) if fits(middle) else (middle, price)
+    level = min(level, float(objective[rows, cheapest(price)].sum()))
+    total = values + price * weights
+    bound = total.min(1).sum() - price * budget
+    room = level - bound + 1e-8 * max(abs(level), abs(price * budget), float(objective.max()) * 1e-3)
+    return keep & (total - total.min(1, keepdims=True) <= room)
 
 
 def _lexicographic(
