@@ -40,7 +40,7 @@ class Ball:
             delta = x - self.centre
             length = l2_norm(delta)
             x = self.centre + delta * (self.eps / length.clamp_min(self.eps))
-        return torch.minimum(torch.maximum(x, self.low), self.high)
+        return torch.clamp(x, self.low, self.high)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Steepest ascent per unit of the norm: sign(g), or g / ||g||; zero where the gradient is zero."""

@@ -23,7 +23,9 @@ from surefoot.nn.attacks.run import (
     attacking,
     check_attack,
     check_gradient,
+    check_not_nan,
     default_generator,
+    input_gradient,
     loss_and_gradient,
     piece_size,
     wrong,
@@ -126,9 +128,12 @@ def pgd_train(
     with attacking(model, mode, generator, x.device):
         ball = Ball.around(x, eps, norm, bounds)
         point = ball.sample(generator) if random_start else x
+        _, _, gradient = loss_and_gradient(model, point, y, function, first=True, piece=piece)
         for step in range(steps):
-            _, _, gradient = loss_and_gradient(model, point, y, function, first=step == 0, piece=piece)
+            if step > 0:
+                gradient = input_gradient(model, point, y, function, piece=piece)
             point = ball.project(torch.add(point, ball.direction(gradient), alpha=size))
+    check_not_nan(point)  # a NaN gradient of any step is still there
     return point
 
 

@@ -194,9 +194,29 @@ def loss_and_gradient(
         total = value if total is None else total + value
     assert scores is not None and total is not None
     slope = x.new_zeros(0) if slope is None else slope
-    if bool(total.isnan().any()):
-        raise InvalidInput("The attack's loss is NaN: the model returns NaN or infinite logits; look at its weights.")
+    check_not_nan(total)
     return (scores, total, slope) if eot == 1 else (scores / eot, total / eot, slope / eot)
+
+
+def input_gradient(
+    model: Model,
+    x: Tensor,  # [B, ...]
+    y: Tensor,  # int64 [B]
+    loss: Loss,
+    *,
+    piece: int | None = None,
+) -> Tensor:  # [B, ...]
+    """The gradient of `loss_and_gradient` alone, unchecked: for the later steps of a training loop's attack."""
+    if piece is not None and (count := round(len(x) / piece)) > 1:
+        return torch.cat([input_gradient(model, a, b, loss) for a, b in zip(x.chunk(count), y.chunk(count))])
+    point = x.detach().requires_grad_()
+    value = loss(model(point), y)
+    return torch.autograd.grad(value, point, torch.ones_like(value))[0]
+
+
+def check_not_nan(found: Tensor) -> None:
+    if bool(found.isnan().any()):
+        raise InvalidInput("The attack's loss is NaN: the model returns NaN or infinite logits; look at its weights.")
 
 
 def check_gradient(gradient: Tensor) -> None:
