@@ -4,7 +4,9 @@ import copy
 import itertools
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,8 @@ def toy(seed=0):
         torch.manual_seed(seed)
         model = ToyDiffusion(ToyUNet(8).eval(), ToyTextEncoder().eval(), alphas_bar=cosine_alphas_bar(20))
         with torch.no_grad():
-            for module in (*model.unet.read_low, model.unet.read_high):
+            unet: Any = model.unet
+            for module in (*unet.read_low, unet.read_high):
                 module.out.weight.mul_(5)
     return model
 
@@ -67,6 +70,7 @@ def test_at_the_start_the_erasing_loss_is_a_constant(eta):
     model = toy()
     states = pool_of(model).draw(["a three"], 6)
     loss = au.esd_loss(model, au.condition(model, ["a three"]), states, negative_guidance=eta)
+    assert states.without is not None
     gap = (states.given - states.without).pow(2).mean()
     assert gap > 1e-4
     assert loss.item() == pytest.approx((1 + eta) ** 2 * gap.item(), rel=1e-4)
@@ -87,7 +91,7 @@ def test_eta_zero_aims_at_the_unconditional_prediction():
 
 
 def test_at_the_start_retaining_costs_nothing_and_pulls_nowhere():
-    model = toy()
+    model: Any = toy()
     states = pool_of(model).draw(RETAIN)
     loss = au.retain_loss(model, au.condition(model, RETAIN), states)
     loss.backward()
@@ -99,6 +103,7 @@ def test_at_the_start_retaining_costs_nothing_and_pulls_nowhere():
 def test_no_gradient_flows_into_the_target():
     model = toy()
     states = pool_of(model).draw(["three"], 3)
+    assert states.without is not None
     assert not any(x.requires_grad for x in (states.z, states.given, states.without))
 
 
@@ -108,6 +113,7 @@ def test_float32_agrees_with_float64():
         small, unet=copy.deepcopy(small.unet).double(), text_encoder=copy.deepcopy(small.text_encoder).double()
     )
     states = pool_of(small).draw(["three"], 4)
+    assert states.without is not None
     wide = au.States(states.z.double(), states.t, states.given.double(), states.without.double())
     losses = [au.esd_loss(m, au.condition(m, ["a three"]), s).item() for m, s in ((small, states), (big, wide))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -152,10 +158,10 @@ class Linear:
         return "x"
 
     def embed_tokens(self, ids):
-        return self.text_encoder.words(ids)
+        return self.text_encoder.get_submodule("words")(ids)
 
     def encode(self, embeds, ids):
-        return self.text_encoder.map(embeds)
+        return self.text_encoder.get_submodule("map")(embeds)
 
     def predict_noise(self, z, t, condition):
         return self.unet(z, t, condition)
@@ -167,7 +173,7 @@ class Linear:
 def linear():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Linear(LinearNoise(), LinearText(), cosine_alphas_bar(10))
+        model: Any = Linear(LinearNoise(), LinearText(), cosine_alphas_bar(10))
         nn.init.normal_(model.unet.weight)
     w, t0 = model.unet.weight.detach(), model.text_encoder.map.weight.detach().clone()
     x, empty = (model.text_encoder.words.weight.detach()[i] for i in (2, 1))
@@ -179,7 +185,7 @@ def linear():
 def test_linear_model_ends_at_the_least_squares_answer():
     model, t0, x, a = linear()
     learner = replace(QUICK, attack=None, retain_weight=0.0, iterations=800, lr=2e-2, reuse=10_000)
-    result = learner.fit(model, ["x"], generator=generator())
+    result: Any = learner.fit(model, ["x"], generator=generator())
     trained = result.model.text_encoder.map.weight.detach()
     assert torch.allclose(trained @ x, a, atol=1e-3)
     assert not torch.allclose(t0 @ x, a, atol=0.1)
@@ -189,7 +195,7 @@ def test_linear_model_ends_at_the_least_squares_answer():
 def test_linear_model_under_plain_gradient_descent_changes_least_and_moves_its_neighbours():
     model, t0, x, a = linear()
     states = pool_of(model).draw(["x"], 4)
-    layer = model.text_encoder.map
+    layer: Any = model.text_encoder.map
     smooth = torch.linalg.svdvals(model.unet.weight.detach())[0] ** 2 * (x @ x)
     for _ in range(4000):
         (slope,) = torch.autograd.grad(au.esd_loss(model, au.condition(model, ["x"]), states), layer.weight)
@@ -286,7 +292,7 @@ def test_states_lie_on_the_models_own_trajectory_with_the_originals_predictions(
 
 def test_a_unet_under_training_samples_itself_and_the_original_answers():
     original = toy()
-    trained = replace(original, unet=copy.deepcopy(original.unet))
+    trained: Any = replace(original, unet=copy.deepcopy(original.unet))
     with torch.no_grad():
         trained.unet.stem.weight.mul_(1.5)
     states = pool_of(trained, original).draw(["three"], 5)
@@ -323,13 +329,14 @@ def test_image_states_are_the_forward_process():
 
 
 def test_attack_changes_nothing_but_its_rows():
-    model = toy()
+    model: Any = toy()
     model.unet.train()
     model.unet.stem.weight.requires_grad_(False)
     model.text_encoder.position_embedding.requires_grad_(False)
     before, rng = weights(model.unet, model.text_encoder), torch.get_rng_state()
     flags = [p.requires_grad for m in (model.unet, model.text_encoder) for p in m.parameters()]
     pool = pool_of(model)
+    assert QUICK.attack is not None
     with torch.no_grad():  # evaluation loops stand in such a block
         found = au.soft_prompt_attack(
             model, "three", lambda n: pool.draw(["three"], n), QUICK.attack, generator=generator()
@@ -431,7 +438,7 @@ def test_token_search_is_exhaustive_where_it_can_be():
 def test_the_plain_prompt_is_a_candidate_and_comes_back_where_nothing_beats_it():
     model = toy()
     plain = au.plain_prompt(model, "a three")
-    assert plain.text == "a three" and plain.tokens.numel() == 0
+    assert plain.text == "a three" and plain.tokens is not None and plain.tokens.numel() == 0
     assert torch.equal(plain.condition(model), au.condition(model, ["a three"]))
     states = au.guided_states(pool_of(model), "a three", 8)  # under the model itself: loss zero
     for place in ("prefix", "suffix", "replace"):
@@ -504,7 +511,8 @@ def test_token_search_keeps_to_its_budget_and_only_improves():
     assert found[0].queries == 50
     assert all(b <= a for a, b in itertools.pairwise(found[0].losses))
     assert found[0].losses[-1] < found[0].losses[0]
-    assert torch.equal(found[0].tokens, found[1].tokens)
+    one, other = (attack.tokens for attack in found[:2])
+    assert one is not None and other is not None and torch.equal(one, other)
     assert same(before, weights(model.unet, model.text_encoder))
     assert len(found[0].text.split()) == 5 and found[0].text.endswith("a three")
     alone = au.discrete_prompt_attack(model, "a three", states, queries=1, generator=generator())
@@ -560,7 +568,7 @@ def test_passes_are_counted_and_recording_is_their_small_part():
 
 
 def test_what_is_trained_in_a_text_encoder():
-    encoder = toy().text_encoder
+    encoder: Any = toy().text_encoder
     full = trainable_parameters(encoder, "text_encoder")
     tables = encoder.token_embedding.weight.numel() + encoder.position_embedding.weight.numel()
     assert sum(p.numel() for p in full) == sum(p.numel() for p in encoder.parameters()) - tables
@@ -607,14 +615,14 @@ def test_words_at_which_a_search_is_stuck_lose_to_the_plain_prompt_and_no_attack
     from surefoot.trials.adversarial.adv_unlearn import DRAW, judge
 
     model, prompts = toy_diffusion(), ["three", "a three", "the three", "the digit three"]
-    known = {"judge": judge(), "concept_class": 3}
+    known: dict[str, Any] = {"judge": judge(), "concept_class": 3}
     words = model.token_ids(["two five nine"])[0, 1:4]
     plain = au.plain_prompt(model, "the digit three")
     stuck = au.AdversarialPrompt("the digit three", model.embed_tokens(words), tokens=words)
     states = au.guided_states(pool_of(model, steps=10, copies=16, guidance=4.0), "the digit three", 16)
     losses = [au.prompt_loss(model, found.condition(model), states, guidance=4.0).item() for found in (plain, stuck)]
     assert losses[0] < 0.1 * losses[1]
-    assert au.strongest(model, *known.values(), [stuck, plain], images=16, generator=generator(1), **DRAW).text == plain.text  # fmt: skip
+    assert au.strongest(model, known["judge"], 3, [stuck, plain], images=16, generator=generator(1), **DRAW).text == plain.text  # fmt: skip
     house = au.discrete_attacks(model, model, prompts, queries=80, generator=generator(11), **known, **DRAW)
     report = au.evaluate_erasure(
         model, judge(), 3, prompts=prompts, attacks={"stuck": [stuck], "house": house}, retained={"one": 1}, images=64,
@@ -647,7 +655,7 @@ def test_rates_are_what_the_judge_says():
     assert report.retained.value == 0.5 and report.retained.low < 0.5 < report.retained.high
     assert report.concept["mine"].worst == 1.0
     assert report.budgets == {"mine": (7.0, 2.0)}
-    assert report.distance > 0
+    assert report.distance is not None and report.distance > 0
 
 
 def test_frechet_distance():
@@ -656,7 +664,8 @@ def test_frechet_distance():
     x, y = (torch.randn(40, 3, generator=generator(k), dtype=torch.float64) * (k + 1) + k for k in (0, 1))
     assert au.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     cx, cy = torch.cov(x.T), torch.cov(y.T)
-    expected = (x.mean(0) - y.mean(0)).pow(2).sum() + (cx + cy).trace() - 2 * sqrtm((cx @ cy).numpy()).real.trace()
+    root: Any = sqrtm((cx @ cy).numpy())
+    expected = (x.mean(0) - y.mean(0)).pow(2).sum() + (cx + cy).trace() - 2 * np.trace(root).real
     assert au.frechet_distance(x, y) == pytest.approx(float(expected), rel=1e-8)
 
 
@@ -718,7 +727,7 @@ def test_bad_runs():
     with pytest.raises(InvalidInput, match="unconditional"):
         au.esd_loss(model, au.condition(model, ["three"]), replace(pool_of(model).draw(["three"]), without=None))
     with pytest.raises(InvalidInput, match="inference_mode"), torch.inference_mode():
-        au.soft_prompt_attack(model, "three", lambda n: None, generator=source)
+        au.soft_prompt_attack(model, "three", lambda n: None, generator=source)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="latents"):
         au.image_states(model, torch.zeros(2, 3, 8, 8), 4, generator=source)
     known = {"judge": lambda x: x, "concept_class": 0, "generator": source}
@@ -728,7 +737,7 @@ def test_bad_runs():
         au.strongest(model, known["judge"], 0, [], generator=source)
     with pytest.raises(InvalidInput, match="guidance"):
         au.discrete_prompt_attack(model, "three", pool_of(model).draw(["three"]), guidance=-1.0, generator=source)
-    broken = replace(model, unet=copy.deepcopy(model.unet))
+    broken: Any = replace(model, unet=copy.deepcopy(model.unet))
     with torch.no_grad():
         broken.unet.stem.weight.fill_(torch.nan)
     with pytest.raises(InvalidInput, match="not finite"):
@@ -781,7 +790,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_adapter_encodes_as_the_pipeline_does(folder):
-    model = au.load_pipeline(folder)
+    model: Any = au.load_pipeline(folder)
     pipeline = tiny_pipeline()
     ids = model.token_ids(["three", ""])
     assert ids.shape == (2, 16)
@@ -830,7 +839,7 @@ def test_the_same_code_unlearns_in_a_pipeline(folder, settings):
 def test_exported_text_encoder_loads_unchanged(folder, tmp_path):
     transformers, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
     model = au.load_pipeline(folder)
-    result = QUICK.fit(model, ["three"], ["one", "two"], generator=generator())
+    result: Any = QUICK.fit(model, ["three"], ["one", "two"], generator=generator())
     path = au.export_text_encoder(result.model, tmp_path / "text_encoder")
     assert {"config.json", "model.safetensors"} <= {f.name for f in path.iterdir()}
     loaded = transformers.CLIPTextModel.from_pretrained(path)
@@ -859,7 +868,7 @@ def test_pipelines_that_do_not_fit_are_refused(folder, tmp_path):
         components = {**pipeline.components, "text_encoder_2": pipeline.text_encoder}  # noqa: RUF012
 
     with pytest.raises(Refused, match="two text encoders"):
-        au.StableDiffusion.from_pipeline(Two())
+        au.StableDiffusion.from_pipeline(Two())  # type: ignore[arg-type]
     (tmp_path / "model_index.json").write_text(json.dumps({"text_encoder_2": ["transformers", "CLIPTextModel"]}))
     with pytest.raises(Refused, match="two text encoders"):
         au.load_pipeline(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from surefoot.certified.certified_radius import CertifiedRadius
 from surefoot.certified.dual_smoothing import DualSmoothedClassifier
 from surefoot.contracts import check_instrument
+from surefoot.core.finding import Chart
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task
 from surefoot.datasets.embedded import digits
@@ -48,6 +50,7 @@ def test_radii_stay_below_the_truth_and_near_it():
     finding = CertifiedRadius(sigma=0.25, n=4000).measure(subject_of(Bright(), task), task)
     truth = (task.test.x.flatten(1).sum(1) - 18).abs().double().numpy() / 6
     cap = 0.25 * stats.norm.ppf(0.001 ** (1 / 4000))
+    assert finding.samples is not None
     assert (finding.samples <= truth).all()  # 60 certificates at alpha = .001
     close = truth < 0.8 * cap
     assert close.any()
@@ -70,18 +73,21 @@ def test_wrong_and_abstained_count_zero():
 def test_parts_and_curve_agree_with_the_samples():
     task = bright_task()
     finding = CertifiedRadius(radii=(0.0, 0.3, 0.6)).measure(subject_of(Bright(), task), task)
+    assert finding.samples is not None
     for part, r in zip(finding.parts, (0.0, 0.3, 0.6)):
         hits = (finding.samples >= r) & (finding.samples > 0)
         assert part.value == pytest.approx(hits.mean())
         assert part.low <= part.value <= part.high
         np.testing.assert_array_equal(part.samples, hits.astype(float))
     assert [p.value for p in finding.parts] == sorted((p.value for p in finding.parts), reverse=True)
-    line = finding.pictures[0].figure["data"][0]
+    chart = finding.pictures[0]
+    assert isinstance(chart, Chart)
+    line = chart.figure["data"][0]
     assert line["y"][0] == finding.parts[0].value
     assert line["x"][-1] == finding.samples.max()
     assert line["y"][-1] == pytest.approx(1 / len(finding.samples))
     json.dumps(finding.to_dict())
-    json.dumps(finding.pictures[0].figure)
+    json.dumps(chart.figure)
 
 
 def test_same_seed_same_finding_and_nothing_is_touched():
@@ -153,12 +159,13 @@ def test_contracts(dual):
 def test_bad_input_is_one_sentence():
     task = bright_task()
     subject = subject_of(Bright(), task)
-    for change, words in (
+    cases: list[tuple[Any, str]] = [
         ({"sigma": 0.0}, "sigma"),
         ({"alpha": 2.0}, "alpha"),
         ({"n": 0}, "n must"),
         ({"radii": ()}, "radii"),
-    ):
+    ]
+    for change, words in cases:
         with pytest.raises(InvalidInput, match=words):
             CertifiedRadius(**change)
     empty = task.changed(test=task.test.take(slice(0, 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from surefoot.certified import crmt
 from surefoot.certified.crmt import CRMT, ConcatFusion, CRMTLoss, MultiModalClassifier, OrthogonalFusion
 from surefoot.certified.crmt.model import orthonormal_rows, unit_rows
+from surefoot.certified.crmt.robustness import Held
 from surefoot.contracts import check_instrument, check_treatment
 from surefoot.core.subject import Subject
 from surefoot.core.task import Training
@@ -30,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=F64)
 
 
-def random_model(seed: int, *, orthogonal: str = "full", classes: int = 4) -> MultiModalClassifier:
+def random_model(seed: int, *, orthogonal: Literal["full", "row"] = "full", classes: int = 4) -> MultiModalClassifier:
     """Two small encoders of ReLU layers and an orthogonal head with integration weights of both signs."""
 
     def build() -> MultiModalClassifier:
@@ -38,8 +40,10 @@ def random_model(seed: int, *, orthogonal: str = "full", classes: int = 4) -> Mu
         return MultiModalClassifier(encoders, OrthogonalFusion([6, 6], classes, orthogonal=orthogonal, generator=generator(seed)), [[5], [3]])  # fmt: skip
 
     model = seeded_build(build, generator(seed)).double().eval()
-    model.fusion.a.data = normal(2, classes, seed=seed + 1) * 0.5 + 1.0
-    model.fusion.bias.data = 0.2 * normal(classes, seed=seed + 2)
+    fusion = model.fusion
+    assert isinstance(fusion, OrthogonalFusion)
+    fusion.a.data = normal(2, classes, seed=seed + 1) * 0.5 + 1.0
+    fusion.bias.data = 0.2 * normal(classes, seed=seed + 2)
     return model
 
 
@@ -90,10 +94,10 @@ def test_rows_are_orthonormal_and_gradients_finite(dtype):
     square = orthonormal_rows(normal(5, 5).to(dtype))
     assert torch.allclose(square @ square.T, torch.eye(5, dtype=dtype), atol=1e-5)
     (rows * normal(5, 9, seed=1).to(dtype)).sum().backward()
-    assert torch.isfinite(raw.grad).all()
+    assert raw.grad is not None and torch.isfinite(raw.grad).all()
     already = torch.eye(4, 7, dtype=dtype, requires_grad=True)  # all eigenvalues of the Gram matrix equal
     orthonormal_rows(already).square().sum().backward()
-    assert torch.isfinite(already.grad).all()
+    assert already.grad is not None and torch.isfinite(already.grad).all()
 
 
 def test_the_polar_derivative_is_that_of_finite_differences():
@@ -114,7 +118,8 @@ def test_what_the_two_modes_are_invariant_to():
 
 
 def test_the_head_is_the_sum_it_says():
-    model, x = random_model(0), normal(6, 8)
+    model: Any = random_model(0)
+    x = normal(6, 8)
     uni, logits = model.both(x)
     expected = sum(model.fusion.a[m] * uni[m] for m in range(2)) + model.fusion.bias
     assert torch.allclose(logits, expected)
@@ -137,7 +142,7 @@ def test_margin_term_of_uniform_logits():
 
 def test_margin_term_is_the_plain_formula_and_does_not_overflow():
     z, y = [3 * normal(20, 5, seed=s) for s in (1, 2)], torch.arange(20) % 5
-    plain = sum((one - one.gather(1, y[:, None])).exp().sum(1) - 1 for one in z)
+    plain = torch.stack([(one - one.gather(1, y[:, None])).exp().sum(1) - 1 for one in z]).sum(0)
     assert torch.allclose(crmt.margin_term(z, y), (plain + 1e-5).log(), atol=1e-9)
     huge = [torch.tensor([[900.0, 0.0]]), torch.tensor([[0.0, 900.0]])]
     assert crmt.margin_term(huge, torch.tensor([0])).item() == pytest.approx(900.0)
@@ -147,7 +152,8 @@ def test_margin_term_is_the_plain_formula_and_does_not_overflow():
 def test_the_gradient_goes_to_the_weaker_modality():
     z = [torch.tensor([[4.0, 0.0]], requires_grad=True), torch.tensor([[0.5, 0.0]], requires_grad=True)]
     crmt.margin_term(z, torch.tensor([0])).sum().backward()
-    assert z[1].grad.abs().sum() > 10 * z[0].grad.abs().sum()
+    strong, weak = (part.grad for part in z)
+    assert strong is not None and weak is not None and weak.abs().sum() > 10 * strong.abs().sum()
 
 
 def test_mixed_margin_leaves_out_exponentials():
@@ -221,13 +227,16 @@ def test_the_plain_form_is_exact_for_opposite_rows_and_the_pair_form_for_orthogo
 
 
 def test_tight_pairs_with_orthonormal_rows_is_the_root_of_squares():
-    model, x = random_model(3), normal(30, 8)
+    model: Any = random_model(3)
+    x = normal(30, 8)
     y = model(x).argmax(1)
     constants = crmt.estimate_lipschitz(model, [x], "product")
+    assert constants.encoders is not None
+    lengths: Any = constants.encoders
     got = crmt.multimodal_radius(model, x, y, constants)
     logits, a, expected = model(x), model.fusion.a, torch.full((30,), math.inf, dtype=F64)
     for j in range(4):
-        reach = sum((constants.encoders[m] ** 2) * (a[m, y] ** 2 + a[m, j] ** 2) for m in range(2)).sqrt()
+        reach = sum((lengths[m] ** 2) * (a[m, y] ** 2 + a[m, j] ** 2) for m in range(2)) ** 0.5
         ratio = (logits.gather(1, y[:, None])[:, 0] - logits[:, j]) / reach
         expected = torch.where(y == j, expected, torch.minimum(expected, ratio))
     assert torch.allclose(got.radius, expected.detach(), rtol=1e-6)
@@ -332,13 +341,15 @@ def test_empirical_constants_are_per_row_gradients_and_below_the_product():
 
 def test_the_published_pass_accumulates_one_modality_and_zeroes_the_other():
     """Its loop clears the second input's gradient before reading it, and never the first's."""
-    model, x = random_model(4), normal(20, 8)
+    model: Any = random_model(4)
+    x = normal(20, 8)
     first, second = (part.clone().requires_grad_() for part in crmt.unpack(x, model.shapes))
     published = torch.zeros(2, 4, dtype=F64)
     out = model(crmt.pack([first, second]))
     for k in range(4):
         out[:, k].sum().backward(retain_graph=True)
         for m, data in enumerate((first, second)):
+            assert data.grad is not None and second.grad is not None
             norms = data.grad.detach().clone().norm(dim=1)
             second.grad.zero_()
             published[m, k] = max(published[m, k].item(), norms.max().item())
@@ -349,7 +360,8 @@ def test_the_published_pass_accumulates_one_modality_and_zeroes_the_other():
 
 
 def test_preference_shares():
-    model, x = random_model(5), normal(80, 8)
+    model: Any = random_model(5)
+    x = normal(80, 8)
     y = model(x).argmax(1)
     report = crmt.modality_preference(model, x, y, crmt.estimate_lipschitz(model, [x]))
     assert sum(report.vulnerability) == pytest.approx(1)
@@ -370,10 +382,10 @@ def test_preference_shares():
 def test_an_attack_stays_in_its_modality_and_radius():
     model, x = random_model(2), normal(100, 8)
     y = model(x).argmax(1)
-    held = crmt.robustness.Held(model, model.shapes, [1])
+    held = Held(model, model.shapes, [1])
     v = x.clone().requires_grad_()
     held(v).square().sum().backward()
-    assert (v.grad[:, :5] == 0).all()
+    assert v.grad is not None and (v.grad[:, :5] == 0).all()
     assert (v.grad[:, 5:] != 0).any()
     share = [crmt.attack_modalities(model, x, y, chosen, 1.0, generator=generator()).double().mean() for chosen in ((0,), (1,), (0, 1))]  # fmt: skip
     assert share[2] >= max(share[:2])
@@ -416,7 +428,7 @@ def test_joint_adversary_moves_by_at_most_eps():
 def prepared_for_step_two():
     task = crmt.two_view_digits(921, sizes=(400, 100, 200))
     model = seeded_build(lambda: crmt.two_branch([[64], [40]], 10, width=32), generator(0))
-    model = fit(model, task, Training(epochs=6), [CRMT(integrate_lr=0.0)]).model
+    model: Any = fit(model, task, Training(epochs=6), [CRMT(integrate_lr=0.0)]).model
     constants = crmt.estimate_lipschitz(model, list(task.train.x.split(100)))
     return task, model, constants
 
@@ -508,6 +520,7 @@ def test_instrument_keeps_its_promises():
     assert finding.value == min(finding.parts[1].value, finding.parts[2].value)
     for m in range(2):  # a certificate never claims what the attack took
         proven = next(p for p in finding.parts if p.name == f"certified against attacks on modality {m}")
+        assert proven.samples is not None
         assert (proven.samples <= finding.parts[1 + m].samples).all()
     assert len(finding.pictures) == 2
     assert sum(finding.details["preference_vulnerability"]) == pytest.approx(1)
@@ -547,11 +560,11 @@ def test_two_views_share_their_labels_and_differ_in_noise():
     [
         (lambda: MultiModalClassifier([nn.Identity()], ConcatFusion([3, 3], 2), [[3], [3]]), "do not fit"),
         (lambda: OrthogonalFusion([3, 8], 4), "at least 4 features"),
-        (lambda: OrthogonalFusion([8], 4, orthogonal="qr"), "orthogonal"),
+        (lambda: OrthogonalFusion([8], 4, orthogonal="qr"), "orthogonal"),  # type: ignore[arg-type]
         (lambda: ConcatFusion([], 4), "in_dims"),
         (lambda: crmt.pack([torch.ones(2, 3), torch.ones(3, 3)]), "same examples"),
         (lambda: crmt.estimate_lipschitz(random_model(0), []), "no batches"),
-        (lambda: crmt.estimate_lipschitz(random_model(0), [normal(2, 8)], "guess"), "method"),
+        (lambda: crmt.estimate_lipschitz(random_model(0), [normal(2, 8)], "guess"), "method"),  # type: ignore[arg-type]
         (lambda: radius_with(torch.ones(2, 3)), r"\[2, 4\]"),
         (lambda: radius_with(torch.zeros(2, 4)), "positive"),
         (lambda: crmt.multimodal_radius(random_model(0), normal(2, 8), torch.tensor([0, 9]), constants()), "y must"),
@@ -581,6 +594,6 @@ def test_constants_of_another_checkpoint_are_refused():
         crmt.multimodal_radius(random_model(1), normal(2, 8), torch.tensor([0, 1]), constants())
     with pytest.raises(Refused, match="tight_pairs"):
         crmt.multimodal_radius(random_model(0), normal(2, 8), torch.tensor([0, 1]), constants(), tight_pairs=True)
-    model = random_model(0)
+    model: Any = random_model(0)
     model.fusion.a.data *= 2  # step 2 may move a: T does not depend on it
     crmt.multimodal_radius(model, normal(2, 8), torch.tensor([0, 1]), constants())

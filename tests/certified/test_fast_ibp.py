@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -34,12 +35,12 @@ def built(factory, seed: int = 0) -> nn.Module:
 
 
 def test_standard_deviations_of_the_initialisation():
-    model = built(lambda: mlp((784,), 10, hidden=(3000, 64)))
+    model: Any = built(lambda: mlp((784,), 10, hidden=(3000, 64)))
     ibp.init_ibp_(model, generator=generator(0))
     n = model[1].weight.numel()
     assert model[1].weight.std().item() == pytest.approx(0.0031972, rel=4 / math.sqrt(2 * n))
     assert math.sqrt(2 * math.pi) / 784 == pytest.approx(0.0031972, rel=1e-4)
-    conv = built(lambda: nn.Sequential(nn.Conv2d(64, 256, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)))
+    conv: Any = built(lambda: nn.Sequential(nn.Conv2d(64, 256, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)))
     ibp.init_ibp_(conv, generator=generator(0))
     n = conv[0].weight.numel()
     assert conv[0].weight.std().item() == pytest.approx(0.0043518, rel=4 / math.sqrt(2 * n))
@@ -52,7 +53,7 @@ def radii(model: nn.Module, width: int) -> list[float]:
 
 
 def test_radius_keeps_its_size_under_the_initialisation_and_explodes_under_he():
-    model = built(lambda: mlp((512,), 10, hidden=(512,) * 7))
+    model: Any = built(lambda: mlp((512,), 10, hidden=(512,) * 7))
     for module in model:
         if isinstance(module, nn.Linear):
             nn.init.kaiming_normal_(module.weight, generator=generator(1))
@@ -67,7 +68,7 @@ def test_radius_keeps_its_size_under_the_initialisation_and_explodes_under_he():
 
 
 def test_classifier_and_biases_stay_bit_identical():
-    model = built(lambda: small_cnn((1, 8, 8), 10))
+    model: Any = built(lambda: small_cnn((1, 8, 8), 10))
     last, bias = model[-1].weight.clone(), model[-3].bias.clone()
     first = model[0].weight.clone()
     ibp.init_ibp_(model, generator=generator(0))
@@ -94,7 +95,7 @@ class Join(nn.Module):
 
 @pytest.mark.parametrize("between", [nn.Identity(), nn.BatchNorm2d(16), nn.AvgPool2d(1)])
 def test_half_weights_behind_a_join(between):
-    model = built(lambda: Join(between))
+    model: Any = built(lambda: Join(between))
     full = math.sqrt(2 * math.pi) / (16 * 9)
     ibp.init_ibp_(model, generator=generator(0))
     margin = 4 / math.sqrt(2 * model.after.weight.numel())
@@ -106,7 +107,7 @@ def test_half_weights_behind_a_join(between):
 
 
 def test_residual_reference_net_is_halved_behind_its_blocks():
-    model = built(lambda: small_resnet((1, 8, 8), 10, widths=(16, 32)))
+    model: Any = built(lambda: small_resnet((1, 8, 8), 10, widths=(16, 32)))
     ibp.init_ibp_(model, generator=generator(0))
     for conv in (model[4].branch[0], model[4].skip):
         assert conv.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / conv.weight[0].numel() / 2, rel=0.15)
@@ -227,7 +228,7 @@ def test_one_sided_layers_are_passed_over_with_finite_gradients(centre):
 
 
 def test_regularisers_are_in_the_graph():
-    model = built(lambda: ibp.cnn7(1, 8, width=4, linear_size=16))
+    model: Any = built(lambda: ibp.cnn7(1, 8, width=4, linear_size=16))
     x = torch.rand(16, 1, 8, 8, generator=generator(0))
     for loss in (ibp.tightness_loss, ibp.relu_balance_loss):
         model.zero_grad()

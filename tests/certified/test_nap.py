@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def random_pattern(model: nn.Module, shape: tuple[int, ...], seed: int, free: fl
 
 def worked() -> tuple[nn.Sequential, Tensor, Tensor]:
     """z = [x1 + x2 - 1, x1 - x2]; class 0 at (1, 1), (1, .5), (.9, .8)."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
         model[0].bias.copy_(torch.tensor([-1.0, 0.0]))
@@ -94,7 +95,7 @@ def test_worked_example():
 
 def test_a_share_of_exactly_delta_counts_on_both_sides():
     """18 of 20 and 2 of 20 at delta 0.9: 1 - 0.9 is a rounding below 0.1, which must not matter."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(2))
         model[0].bias.zero_()
@@ -130,6 +131,7 @@ class Nested(nn.Module):
         self.branch, self.head = nn.Conv2d(3, 3, 1), nn.Linear(3 * 16, 4)
         with torch.no_grad():
             self.norm.weight.copy_(torch.tensor([1.0, -0.7, 0.4]))
+            assert self.norm.running_mean is not None
             self.norm.running_mean.fill_(0.1)
 
     def inputs(self, x: Tensor) -> list[Tensor]:
@@ -352,8 +354,9 @@ def test_ambiguity_equals_brute_force():
         if overlap:
             assert found.status == "ambiguous"
             again = check_ambiguity(model, one, two, domain=domain, witness=points)
-            assert again.status == "ambiguous" and again.example.shape == (1, 2)
+            assert again.status == "ambiguous" and again.example is not None and again.example.shape == (1, 2)
         if found.status == "ambiguous":
+            assert found.example is not None
             inside = neuron_values(model, found.example)[1]
             assert bool(one.follows(inside)) and bool(two.follows(inside))
         by_search += 1
@@ -363,7 +366,7 @@ def test_ambiguity_equals_brute_force():
 
 def test_the_largest_ball_lies_between_what_is_proven_and_refuted():
     """f_0 > f_1 for x1 < 1/2, from the centre 0.2: radius 0.3; with the pattern "x1 <= 0.4" every ball is proven."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
         model[0].bias.copy_(torch.tensor([0.0, -0.4]))
@@ -386,6 +389,7 @@ def test_the_ball_is_cut_with_the_domain(trained):
     x = task.test.x[:1]  # digits have many pixels at 0: the ball without the domain is larger
     found = verify_nap(model, None, int((task.test.labels[0] + 1) % 10), center=x, eps=0.1)
     assert found.status == "falsified"
+    assert found.counterexample is not None
     assert found.counterexample.min() >= 0 and found.counterexample.max() <= 1
     assert (found.counterexample - x).abs().max() <= 0.1 + 1e-7
 
@@ -436,6 +440,7 @@ def test_finding(trained):
     count = round(finding.value * finding.n)
     assert finding.n == 16 and (finding.low, finding.high) == wilson_interval(count, 16)
     own, _, plain = (part.samples for part in finding.parts)
+    assert finding.samples is not None and own is not None and plain is not None
     assert (finding.samples <= own).all()
     assert (finding.samples >= plain * own).all()  # a pattern never loses a proof
     assert 0 < finding.value < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from surefoot.certified import prototype_rbf as rbf
 from surefoot.certified.prototype_rbf import CBCHead, ClassificationByComponents, ComponentLogits, PrototypeRBF
 from surefoot.certified.prototype_rbf.training import find_head, last_linear, without
+from surefoot.core.finding import Chart, Thumbnails
 from surefoot.core.subject import Subject
 from surefoot.core.task import Training
 from surefoot.datasets.embedded import digits
@@ -167,6 +169,7 @@ def test_bisection_is_never_smaller_and_equal_where_it_should_be():
 def test_the_published_grouping_is_smaller():
     head, x = random_head(1), 2 * normal(300, 5, seed=2)
     report = rbf.cbc_radius(head, x)
+    assert report.radius_paper is not None
     assert (report.radius_paper <= report.radius + 1e-12).all()
     assert (report.radius_paper < 0.9 * report.radius).double().mean() > 0.5
 
@@ -344,7 +347,8 @@ def test_gradients_are_finite_whatever_the_point(variant, loss):
     value.backward()
     assert torch.isfinite(value)
     for p in head.parameters():
-        assert torch.isfinite(p.grad).all()
+        assert p.grad is not None and torch.isfinite(p.grad).all()
+    assert head.components.grad is not None
     assert head.components.grad.abs().sum() > 0
 
 
@@ -408,7 +412,7 @@ def test_from_data_starts_at_the_classes():
         x, y, 3, per_class=30, generator=generator(0)
     )  # every sample a component
     one(x).sum().backward()
-    assert torch.isfinite(one.components.grad).all()
+    assert one.components.grad is not None and torch.isfinite(one.components.grad).all()
 
 
 def test_kmeans_is_seeded_and_finds_clusters():
@@ -460,7 +464,7 @@ def test_pretraining_losses():
 def test_deep_head_trains_on_a_backbone():
     task = digits(912, sizes=(500, 100, 300))
     body = seeded_build(lambda: small_cnn((1, 8, 8), 10, widths=(16, 24)), generator(2))[:6]
-    model = nn.Sequential(body, CBCHead(24, 10, generator=generator(1)))
+    model: Any = nn.Sequential(body, CBCHead(24, 10, generator=generator(1)))
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for step in range(200):
         pick = torch.randperm(500, generator=generator(step))[:100]
@@ -543,6 +547,7 @@ def test_instrument_draws_components_and_names_the_space():
     subject = Subject(run.model, "digits", "image", (1, 8, 8), 10)
     finding = rbf.Components().measure(subject, task)
     thumbnails, heat, curve = finding.pictures
+    assert isinstance(thumbnails, Thumbnails) and isinstance(heat, Chart) and isinstance(curve, Chart)
     assert thumbnails.images.shape == (20, 8, 8)
     assert "pixels" in thumbnails.caption
     assert len(heat.figure["data"][0]["z"]) == 10
@@ -552,9 +557,9 @@ def test_instrument_draws_components_and_names_the_space():
     deep = fit(small_cnn((1, 8, 8), 10), task, Training(epochs=2), [PrototypeRBF()]).model
     assert "seen in most" in rbf.Components().measure(subject.with_model(deep), task).pictures[0].caption
     plain = small_cnn((1, 8, 8), 10)
-    assert "has none" in rbf.Components().unfit(subject.with_model(plain), task)
+    assert "has none" in (rbf.Components().unfit(subject.with_model(plain), task) or "")
     behind = nn.Sequential(run.model, nn.Softmax(1))
-    assert "stands behind" in rbf.Components().unfit(subject.with_model(behind), task)
+    assert "stands behind" in (rbf.Components().unfit(subject.with_model(behind), task) or "")
     attention = nn.Sequential(nn.Flatten(), nn.Softmax(1), ComponentLogits(random_head(0, f=64, c=10).float()))
     unknown = rbf.Components().measure(subject.with_model(attention), task)
     assert unknown.unit == "L2 of features"
@@ -571,7 +576,7 @@ def test_instrument_draws_components_and_names_the_space():
         (lambda: ClassificationByComponents(3, 2, 2, scale=0.0), "scale"),
         (lambda: ClassificationByComponents(3, 2, 2, scale=torch.ones(5)), "scale"),
         (lambda: ClassificationByComponents(3, 2, 2, components=torch.ones(2, 4)), "components"),
-        (lambda: ClassificationByComponents(3, 2, 2, kernel="box"), "kernel"),
+        (lambda: ClassificationByComponents(3, 2, 2, kernel="box"), "kernel"),  # type: ignore[arg-type]
         (lambda: ClassificationByComponents(3, 2, 2)(torch.ones(2, 3, dtype=torch.int64)), "floats"),
         (lambda: ClassificationByComponents(4, 2, 2)(torch.ones(2, 1, 2, 2)), "flatten"),
         (lambda: ClassificationByComponents.from_data(torch.rand(4, 3), torch.tensor([0, 0, 1, 1]), 3), "Class 2"),

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy import stats
 from torch import nn
 
 from surefoot.certified import robust_conformal as rc
+from surefoot.core.finding import Chart
 from surefoot.core.subject import Subject
 from surefoot.core.task import Split, Task, Training
 from surefoot.errors import InvalidInput, Refused
@@ -250,7 +252,7 @@ def test_the_shift_is_attained_exactly_and_never_broken():
 
 
 @pytest.mark.parametrize("bound", ["bernstein", "hoeffding", "both"])
-def test_attacked_coverage_and_what_the_shortcuts_lose(bound):
+def test_attacked_coverage_and_what_the_shortcuts_lose(bound: Any):
     """n = 500, n_MC = 64, 20 draws of the world: RSCP+ keeps 1 - alpha under the worst attack, with room; the shortcuts do not."""
     eps, alpha, covered, plain, unshifted = 0.5, 0.1, [], [], []
     for world in range(20):
@@ -258,7 +260,8 @@ def test_attacked_coverage_and_what_the_shortcuts_lose(bound):
         clean = sampled_scores(x[:500], 64, 100 + world)
         attacked = sampled_scores(x[500:] + eps * nn.functional.one_hot(y[500:], 4), 64, 200 + world)
         means = rc.true_label(clean.mean, y[:500])
-        for kept, way, shift in ((covered, bound, eps), (plain, "none", eps), (unshifted, "none", 0.0)):
+        ways: list[tuple[list, Any, float]] = [(covered, bound, eps), (plain, "none", eps), (unshifted, "none", 0.0)]
+        for kept, way, shift in ways:
             threshold = rc.calibrate(means, alpha=alpha, bound=way)
             mask = rc.robust_sets(attacked, threshold, eps=shift, sigma=1.0, bound=way).mask
             kept.append(rc.true_label(mask, y[500:]).double().mean().item())
@@ -420,7 +423,7 @@ def test_loss_equals_a_plain_computation():
 def test_train_rct_changes_the_last_layer_only_and_lowers_the_loss():
     torch.manual_seed(0)
     x, y, _ = blobs(400, 5)
-    body = nn.Sequential(nn.Linear(12, 16, dtype=torch.float64), nn.ReLU(), nn.Linear(16, 5, dtype=torch.float64))
+    body: Any = nn.Sequential(nn.Linear(12, 16, dtype=torch.float64), nn.ReLU(), nn.Linear(16, 5, dtype=torch.float64))
     body[0].weight.requires_grad_(False)
     before = [p.clone() for p in body.parameters()]
     loss = rc.RobustConformalLoss(correction=0.5, temperature=0.5)
@@ -433,8 +436,8 @@ def test_train_rct_changes_the_last_layer_only_and_lowers_the_loss():
         rc.train_rct(body, x, y, sigma=0.5, loss=loss, epochs=e, batch_size=100, generator=rng(1)) for e in (1, 30)
     )
     assert value(many) < value(one) - 0.1
-    assert torch.equal(many[0].weight, body[0].weight)
-    assert not torch.equal(many[2].weight, body[2].weight)
+    assert torch.equal(many.get_parameter("0.weight"), body[0].weight)
+    assert not torch.equal(many.get_parameter("2.weight"), body[2].weight)
     assert all(torch.equal(a, b) for a, b in zip(body.parameters(), before))
     assert [p.requires_grad for p in many.parameters()] == [False, True, True, True]
 
@@ -468,8 +471,8 @@ def test_the_treatment_trains_under_noise_and_keeps_the_architecture():
 
 def measured(spread=0.3, **settings):
     x, y, model = blobs(1300, 11, spread=spread)
-    parts = [Split(x[a:b], y[a:b]) for a, b in ((0, 100), (100, 700), (700, 1300))]
-    task = Task("blobs", *parts, 5, modality="vector", bounds=None)
+    train, valid, test = (Split(x[a:b], y[a:b]) for a, b in ((0, 100), (100, 700), (700, 1300)))
+    task = Task("blobs", train, valid, test, 5, modality="vector", bounds=None)
     subject = Subject(model, "it", "vector", (12,), 5, bounds=None)
     return rc.RobustSets(**settings).measure(subject, task), subject, task
 
@@ -478,14 +481,16 @@ def test_the_instrument_reports_size_and_coverage_with_and_without_attack():
     finding, _, _ = measured(eps=0.25, sigma=0.5)
     assert finding.unit == "labels"
     assert finding.better == "lower"
-    assert finding.value == pytest.approx(finding.samples.mean())
+    assert finding.samples is not None and finding.value == pytest.approx(finding.samples.mean())
     assert 1.0 <= finding.value <= 3.0
     clean, attacked, naive = finding.parts
     floor = 0.9 - 3 * math.sqrt(0.09 / 150 + 0.09 / 352)
     assert clean.value >= floor
     assert attacked.value >= floor
     assert naive.value < attacked.value
-    counts = finding.pictures[0].figure["data"][0]["y"]
+    chart = finding.pictures[0]
+    assert isinstance(chart, Chart)
+    counts = chart.figure["data"][0]["y"]
     assert sum(counts) == finding.n == 150
     assert np.average(np.arange(6), weights=counts) == pytest.approx(finding.value)
     assert finding.details["holdout"] + finding.details["calibration"] == 550

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -186,10 +187,12 @@ def test_consistency_tuning_loss():
 
 @pytest.mark.parametrize("make", [encoder, vit])
 def test_encoders_use_the_time(make: Callable[[], NoiseEncoder]):
-    net = make()
+    net: Any = make()
     x = torch.rand(3, 1, 8, 8, generator=rng()) * 2 - 1
     if isinstance(net, ClassifierEncoder):
-        nn.init.normal_(net.time[2].weight, std=0.1)  # zero at the start: then t acts through the input scale only
+        nn.init.normal_(
+            net.get_parameter("time.2.weight"), std=0.1
+        )  # zero at the start: then t acts through the input scale only
     z = net(x, 0.5)
     assert z.shape == (3, net.embed_dim)
     assert torch.equal(z, net(x, torch.full((3,), 0.5)))
@@ -307,7 +310,8 @@ def test_pretraining_counts_its_passes():
             count[0] += len(x)
             return super().represent(x, t)
 
-    for weights, expected in (({}, 6), ({"consistency": 0.0}, 4), ({"contrast": 0.0}, 2)):
+    cases: list[tuple[dict[str, Any], int]] = [({}, 6), ({"consistency": 0.0}, 4), ({"contrast": 0.0}, 2)]
+    for weights, expected in cases:
         net = Counted(tiny(), 10, (1, 8, 8))
         count[0] = 0
         state = pretrain(net, small_task().train.x, steps=3, **weights)

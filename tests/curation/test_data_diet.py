@@ -1,6 +1,7 @@
 """Data diet: scores against hand calculation and the single-example loop, guards, and the treatment's contracts."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ def build(factory, seed=0, dtype=torch.float64):
     source = torch.Generator().manual_seed(seed + 1)
     for module in model.modules():  # statistics as after training, so that evaluation mode differs from training mode
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=source))
             module.running_var.copy_(torch.rand(module.running_var.shape, generator=source) + 0.5)
     return model
@@ -207,9 +209,9 @@ def test_scores_ignore_batching_order_and_neighbours_and_leave_the_model_alone()
     before, rng = weight_hash(model), torch.get_rng_state()
     order = torch.randperm(23, generator=torch.Generator().manual_seed(1))
     for function in (el2n_scores, grand_scores):
-        key = "batch_size" if function is el2n_scores else "chunk_size"
+        few: dict[str, Any] = {"batch_size" if function is el2n_scores else "chunk_size": 5}
         base = function(model, Split(x, y)).scores
-        torch.testing.assert_close(function(model, Split(x, y), **{key: 5}).scores, base)
+        torch.testing.assert_close(function(model, Split(x, y), **few).scores, base)
         torch.testing.assert_close(function(model, Split(x[order], y[order])).scores, base[order])
         torch.testing.assert_close(function(model, Split(x[:3], y[:3])).scores, base[:3])
         loader = [(x[part], y[part], part) for part in order.split(6)]
@@ -222,8 +224,8 @@ def test_scores_ignore_batching_order_and_neighbours_and_leave_the_model_alone()
 
 
 def test_class_permutation_and_duplicates():
-    model = build(lambda: nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 5)))
-    permuted = build(lambda: nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 5)))
+    model: Any = build(lambda: nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 5)))
+    permuted: Any = build(lambda: nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 5)))
     order = torch.tensor([3, 1, 4, 0, 2])
     with torch.no_grad():
         permuted[2].weight.copy_(model[2].weight[order])
@@ -378,7 +380,7 @@ def test_bad_input():
 
     cases = [
         (lambda: el2n_scores(model, Shuffling()), "switch its shuffling and augmentation off"),
-        (lambda: el2n_scores(model, [(x, y)]), r"\(x, y, index\)"),
+        (lambda: el2n_scores(model, [(x, y)]), r"\(x, y, index\)"),  # type: ignore[arg-type]
         (lambda: el2n_scores(model, iter([(x, y, index)])), "read only once"),
         (lambda: el2n_scores(model, []), "loader is empty"),
         (lambda: el2n_scores(model, [(x, y, index % 6)]), "0 to n - 1, each once"),
@@ -388,12 +390,12 @@ def test_bad_input():
         (lambda: el2n_scores(model, Split(x[:0], y[:0])), "split is empty"),
         (lambda: el2n_scores(model, Split(x, None)), "no labels"),
         (lambda: el2n_scores(model, Split(x.where(index[:, None] != 3, torch.nan), y)), "NaN or infinity for examples 3"),
-        (lambda: grand_scores(model, Split(x, y), mode="half"), "mode must be one of"),
+        (lambda: grand_scores(model, Split(x, y), mode="half"), "mode must be one of"),  # type: ignore[arg-type]
         (lambda: grand_scores(nn.Sequential(model, nn.ReLU()), Split(x, y), mode="last_layer"), "last step is an nn.Linear"),
         (lambda: grand_scores(make(torch.Generator()).requires_grad_(False), Split(x, y)), "frozen"),
         (lambda: DataDiet(fraction=0), "fraction"),
         (lambda: DataDiet(fraction=0.8, offset=0.3), "offset"),
-        (lambda: DataDiet(score="loss"), "score must be one of"),
+        (lambda: DataDiet(score="loss"), "score must be one of"),  # type: ignore[arg-type]
         (lambda: DataDiet(runs=0), "runs"),
         (lambda: DataDiet(score="forgetting", epochs=0), "epochs"),
     ]  # fmt: skip
@@ -427,17 +429,18 @@ def test_treatment_keeps_the_hard_part(kind):
     assert weight_hash(model) == before
     assert diet.kept_ is None
     done = run.treatments[0]
+    assert isinstance(done, DataDiet) and done.kept_ is not None and done.scores_ is not None
     assert len(run.task.train) == 80
     assert torch.equal(run.task.train.x, task.train.x[done.kept_])
-    assert torch.equal(run.task.train.y, task.train.y[done.kept_])
+    assert torch.equal(run.task.train.labels, task.train.labels[done.kept_])
     ranks = done.scores_.argsort(descending=True, stable=True).argsort()[done.kept_]
     assert ranks.sort().values.tolist() == list(range(20, 100))
-    again = fit(model, task, Training(steps=5), (diet,))
+    again: Any = fit(model, task, Training(steps=5), (diet,))
     assert torch.equal(again.treatments[0].scores_, done.scores_)
     assert weight_hash(again.model) == weight_hash(run.model)
     fresh = DataDiet()
     fresh.load_state_dict(done.state_dict())
-    assert torch.equal(fresh.kept_, done.kept_)
+    assert fresh.kept_ is not None and torch.equal(fresh.kept_, done.kept_)
 
 
 def test_treatment_runs_start_from_different_weights_unless_told():
@@ -446,11 +449,11 @@ def test_treatment_runs_start_from_different_weights_unless_told():
     assert len(first.train) == 140
     diet = DataDiet(epochs=0, runs=2)
     diet.prepare(model, task)
-    assert len(set(diet.report_.weights)) == 2
+    assert diet.report_ is not None and len(set(diet.report_.weights)) == 2
     assert "epoch 0" in diet.report_.warnings[0]
     same = DataDiet(epochs=0, runs=2, fresh=False)
     same.prepare(model, task)
-    assert set(same.report_.weights) == {weight_hash(model)}
+    assert same.report_ is not None and set(same.report_.weights) == {weight_hash(model)}
 
 
 def test_treatment_finds_wrong_labels():
@@ -463,6 +466,7 @@ def test_treatment_finds_wrong_labels():
         build(lambda: small_cnn((1, 8, 8), 10, widths=(8, 16)), dtype=torch.float32), task.changed(train=noisy)
     )
     wrong = noisy.y != noisy.true_y
+    assert diet.report_ is not None
     found = wrong[diet.report_.suspected_noise(0.1)].double().mean().item()
     assert found > 0.5  # chance: .1 with standard error .05
 
@@ -473,6 +477,6 @@ def test_treatment_refuses_what_it_cannot_score():
         fit(small_model().requires_grad_(False), task, Training(steps=1), (DataDiet(),))
     with pytest.raises(InvalidInput, match="labels"):
         fit(small_model(), task.changed(train=Split(task.train.x)), Training(steps=1), (DataDiet(),))
-    empty = Split(task.train.x[:0], task.train.y[:0])
+    empty = Split(task.train.x[:0], task.train.labels[:0])
     with pytest.raises(InvalidInput, match="empty"):
         fit(small_model(), task.changed(train=empty), Training(steps=1), (DataDiet(),))

@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional as F
 
 from surefoot.core.task import Training
@@ -42,7 +44,7 @@ def layer_grads(layer: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor 
     x = x.clone().requires_grad_()
     z = layer(x)
     z.backward(g)
-    bias = layer.bias
+    bias: Any = layer.bias
     assert isinstance(layer.weight, Tensor) and layer.weight.grad is not None and x.grad is not None
     return layer.weight.grad.clone(), None if bias is None else bias.grad.clone(), x.grad, z.detach()
 
@@ -273,7 +275,7 @@ def _average(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_synchronised_ranks_equal_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(_average, (str(tmp_path),), nprocs=2, start_method="fork")
+    start_processes(_average, (str(tmp_path),), nprocs=2, start_method="fork")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -436,5 +438,5 @@ def test_treatment_reports_rows_per_input():
     """N / n of the first batch: 32 examples x 16 positions over 9 inputs of a 3x3 convolution with stride 2 on 8x8."""
     task = digits(0, sizes=(64, 20, 20))
     model = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
-    run = fit(model, task, Training(epochs=1, batch_size=32), [TrAct()])
+    run: Any = fit(model, task, Training(epochs=1, batch_size=32), [TrAct()])
     assert run.treatments[0].rows_per_input_ == pytest.approx(32 * 16 / 9)

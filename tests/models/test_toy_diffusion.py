@@ -57,10 +57,11 @@ def test_trained_once_then_read_and_the_same(tmp_path, monkeypatch):
 def test_training_is_a_function_of_the_seed_and_keeps_a_given_encoder():
     one, other = (td.train_toy(3, steps=2, width=8) for _ in range(2))
     different = td.train_toy(4, steps=2, width=8)
-    weight = [m.unet.stem.weight for m in (one, other, different)]
+    weight = [m.unet.get_parameter("stem.weight") for m in (one, other, different)]
     assert torch.equal(weight[0], weight[1])
     assert not torch.equal(weight[0], weight[2])
     encoder = one.text_encoder
+    assert isinstance(encoder, td.ToyTextEncoder)
     before = [p.clone() for p in encoder.parameters()]
     second = td.train_toy(5, steps=2, width=8, text_encoder=encoder)
     assert second.text_encoder is encoder

@@ -1,6 +1,7 @@
 """Attacks: exact values on linear models, the checkpoint rule, honesty of the suites, and what is refused."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -280,7 +281,8 @@ def test_square_and_apgd_on_vectors_and_signals(shape):
     model = Linear2(int(np.prod(shape)), torch.float32)
     x, y = torch.rand((40, *shape), generator=generator()), torch.randint(2, (40,), generator=generator())
     for attack in (square, apgd):
-        found = attack(model, x, y, eps=0.2, bounds=None, generator=generator(), **({"queries": 300} if attack is square else {}))  # fmt: skip
+        more: dict[str, Any] = {"queries": 300} if attack is square else {}
+        found = attack(model, x, y, eps=0.2, bounds=None, generator=generator(), **more)
         with torch.no_grad():
             reachable = margin(model(x), y) + 0.2 * model.w.abs().sum() > 0
         assert (found.broken & ~reachable).sum() == 0

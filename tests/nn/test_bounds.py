@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from surefoot.models import Normalized, mlp, small_cnn, small_resnet
 from surefoot.nn import bounds as B
 from surefoot.nn.bounds import rules
 from surefoot.nn.bounds.graph import Program, propagate
-from surefoot.nn.bounds.operators import Box, Op, Scale
+from surefoot.nn.bounds.operators import Box, Op, Rectifier, Scale
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
 
@@ -43,7 +44,7 @@ def scramble(model: nn.Module, seed: int) -> nn.Module:
 class Zoo(nn.Module):
     """Every kind of node: grouped, dilated and strided convolutions, negative gammas, a residual join, cat, functional calls."""
 
-    def __init__(self, groups=2, dilation=2, stride=2, pool="avg", act="relu", padding_mode="zeros"):
+    def __init__(self, groups=2, dilation=2, stride=2, pool="avg", act="relu", padding_mode: Any = "zeros"):
         super().__init__()
         self.first = nn.Conv2d(2, 4, 3, padding=1, padding_mode=padding_mode)
         self.norm = nn.BatchNorm2d(4)
@@ -106,7 +107,7 @@ def escaped(model: nn.Module, box: Box, many: int = 40, seed: int = 0, clean: Te
 
 
 def worked_example() -> tuple[nn.Module, Tensor]:
-    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    net: Any = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
         net[0].bias.copy_(torch.tensor([0.0, 0.5]))
@@ -131,6 +132,7 @@ def test_worked_example_lines_and_preactivations():
     (_, box), step = walked.rectifiers[0], walked.steps[2]
     assert torch.allclose(box.lower, torch.tensor([[-2.0, -1.5]]))
     assert torch.allclose(box.upper, torch.tensor([[2.0, 2.5]]))
+    assert isinstance(step.op, Rectifier)
     below, above, _ = step.op.lines(box)
     assert torch.allclose(above, torch.tensor([[0.5, 0.625]]))
     assert below.tolist() == [[1.0, 1.0]]
@@ -158,7 +160,7 @@ def test_eps_zero_is_the_model():
 
 
 def test_l2_ball_of_a_linear_model_is_exact():
-    model = scramble(nn.Sequential(nn.Linear(6, 3)), 3).double()
+    model: Any = scramble(nn.Sequential(nn.Linear(6, 3)), 3).double()
     x = torch.rand(4, 6, dtype=torch.float64, generator=generator(1))
     low, high = B.linear_bounds(model, x, 0.3, norm="l2", bounds=None)
     radius = 0.3 * model[0].weight.norm(dim=1)
@@ -229,7 +231,7 @@ def test_reference_networks_and_normalisation_in_front():
 
 
 def test_normalisation_leaves_eps_in_the_raw_scale():
-    inner = scramble(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), 0).double()
+    inner: Any = scramble(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), 0).double()
     model = Normalized(inner, [0.5], [0.25]).double()
     x = torch.full((1, 1, 1, 3), 0.5, dtype=torch.float64)
     low, high = B.linear_bounds(model, x, 0.1, method="ibp")
@@ -286,11 +288,12 @@ def training_net(seed: int = 0) -> nn.Module:
 
 
 def test_training_bounds_hold_for_the_clean_batch_and_move_the_statistics_once():
-    model, twin = training_net(), training_net()
+    model: Any = training_net()
+    twin = training_net()
     x = torch.rand(6, 2, 6, 6, dtype=torch.float64, generator=generator(1))
     logits = twin(x)
     walked = propagate(Program(model), B.region_around(x, 0.03).box, clean=x)
-    assert torch.allclose(walked.logits, logits, atol=1e-12)
+    assert walked.logits is not None and torch.allclose(walked.logits, logits, atol=1e-12)
     for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
     assert model.norm.num_batches_tracked == 1
@@ -300,7 +303,7 @@ def test_training_bounds_hold_for_the_clean_batch_and_move_the_statistics_once()
 
 
 def test_gradients_flow_through_the_batch_statistics():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     x = torch.rand(5, 3, dtype=torch.float64, generator=generator(0))
     propagate(Program(model), Box(x, x), clean=x).output.centre.pow(2).sum().backward()
     ours = model[0].weight.grad.clone()
@@ -310,8 +313,8 @@ def test_gradients_flow_through_the_batch_statistics():
 
 
 def test_momentum_none_averages_all_batches():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None)).double()
-    twin = copy.deepcopy(model)
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=None)).double()
+    twin: Any = copy.deepcopy(model)
     for seed in range(3):
         x = torch.rand(5, 3, dtype=torch.float64, generator=generator(seed))
         propagate(Program(model), Box(x, x), clean=x)
@@ -365,7 +368,7 @@ def test_batch_statistics_from_the_bounds_are_found(monkeypatch):
 
 
 def test_a_tie_is_not_verified():
-    model = nn.Sequential(nn.Linear(2, 3))
+    model: Any = nn.Sequential(nn.Linear(2, 3))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]]))
         model[0].bias.copy_(torch.tensor([0.1, 0.1, -9.0]))
@@ -377,7 +380,7 @@ def test_a_tie_is_not_verified():
 
 def test_a_tie_by_rounding_is_not_verified():
     """0.1 + 0.2 against 0.3: equal on paper, different by one rounding in float64."""
-    model = nn.Sequential(nn.Linear(2, 2)).double()
+    model: Any = nn.Sequential(nn.Linear(2, 2)).double()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
         model[0].bias.copy_(torch.tensor([0.0, 0.3], dtype=torch.float64))
@@ -387,7 +390,7 @@ def test_a_tie_by_rounding_is_not_verified():
 
 
 def test_infinite_bounds_are_not_verified():
-    model = scramble(mlp((4,), 3, hidden=(8, 8)), 0)
+    model: Any = scramble(mlp((4,), 3, hidden=(8, 8)), 0)
     with torch.no_grad():
         model[1].weight.mul_(1e200 if model[1].weight.dtype == torch.float64 else 1e38)
     x = torch.full((2, 4), 1e-3)
@@ -414,7 +417,7 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, seed:
 
 def balanced_net() -> tuple[nn.Module, Tensor, Tensor]:
     """A net whose three classes are all met, with 120 inputs and the classes it gives them."""
-    model = zoo(5, pool="avg")
+    model: Any = zoo(5, pool="avg")
     x = torch.rand(120, 2, 6, 6, dtype=torch.float64, generator=generator(0))
     with torch.no_grad():
         model.out.bias -= model(x).mean(0) * 0.5  # the net divides its logits by 0.5
@@ -558,7 +561,7 @@ def test_untraceable_hooked_or_overridden_modules_are_refused():
     branching = Lambda(lambda m, x: x if x.sum() > 0 else -x)
     with pytest.raises(UnsupportedOp, match="cannot be traced"):
         B.interval_bounds(branching, torch.zeros(1, 3), torch.ones(1, 3))
-    hooked = nn.Sequential(nn.Linear(3, 3))
+    hooked: Any = nn.Sequential(nn.Linear(3, 3))
     hooked[0].register_forward_hook(lambda m, i, o: 2 * o)
     with pytest.raises(UnsupportedOp, match="hooks"):
         B.interval_bounds(hooked, torch.zeros(1, 3), torch.ones(1, 3))
@@ -601,7 +604,7 @@ def test_bad_input_is_one_sentence(change, match):
 
 
 def test_broken_models_are_refused():
-    model = mlp((5,), 3)
+    model: Any = mlp((5,), 3)
     with torch.no_grad():
         model[1].bias[0] = float("nan")
     with pytest.raises(InvalidInput, match="NaN"):
@@ -618,7 +621,7 @@ def test_broken_models_are_refused():
 
 
 def test_nothing_of_the_callers_is_touched():
-    model = zoo(2).train()
+    model: Any = zoo(2).train()
     x = torch.rand(3, 2, 6, 6, dtype=torch.float64, generator=generator(0))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.norm.eval()
@@ -659,14 +662,15 @@ def test_batch_statistics_have_the_gradients_of_separate_passes(affine):
     results = []
     for fused in (True, False):
         x = x0.clone().requires_grad_()
-        w = torch.tensor([0.5, -1.0, 2.0]).double().requires_grad_() if affine else None
-        b = torch.ones(3).double().requires_grad_() if affine else None
+        w: Any = torch.tensor([0.5, -1.0, 2.0]).double().requires_grad_() if affine else None
+        b: Any = torch.ones(3).double().requires_grad_() if affine else None
         if fused:
             output, mean, inverse = BatchStatistics.apply(x, w, b, None, None, 0.0, 1e-5)
         else:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             inverse, output = (var + 1e-5).rsqrt(), F.batch_norm(x, None, None, w, b, True)
-        sum((a * v).sum() for a, v in zip(weights, (output, mean, inverse), strict=True)).backward()
+        parts = [(a * v).sum() for a, v in zip(weights, (output, mean, inverse), strict=True)]
+        torch.stack(parts).sum().backward()
         results.append([output, mean, inverse, x.grad, *([w.grad, b.grad] if affine else [])])
     for ours, plain in zip(*results, strict=True):
         assert torch.allclose(ours, plain, atol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def test_verdicts_equal_brute_force_over_all_activation_regions(slope):
         seen[expected] += 1
         if expected == "falsified":
             x = decision.counterexample
+            assert x is not None
             logits, inputs = preactivations(model, x)
             assert (model(x)[0, 0] <= model(x)[0, 1]) and torch.allclose(logits, model(x))
             sign = phases["_1"]
@@ -127,6 +129,7 @@ def joined(seed: int) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.6 * torch.randn(parameter.shape, generator=draw))
+        assert model.norm.running_mean is not None and model.norm.running_var is not None
         model.norm.running_mean.copy_(torch.randn(2, generator=draw))
         model.norm.running_var.copy_(0.5 + torch.rand(2, generator=draw))
     return model.double().eval()
@@ -186,7 +189,7 @@ def test_residual_convolutional_nets_are_decided(residual):
 
 def test_milp_closes_what_bounds_leave_open():
     """A net whose margin is |x| - |x| + 0.5 for two inputs apart: bounds are loose, the truth is exact."""
-    model = net(1, 4, 2, seed=0)
+    model: Any = net(1, 4, 2, seed=0)
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]))
         model[0].bias.zero_()
@@ -206,14 +209,16 @@ def test_all_phases_fixed_is_a_linear_program():
     x = torch.rand(1, 3, generator=noise(0), dtype=torch.float64)
     _, inputs = preactivations(model, x)
     phases = {name: torch.where(z[0] > 0, 1, -1) for name, z in inputs.items()}
-    made = encoding.Encoding(phase_bounds(model, x - 1, x + 1, phases), {}, 0.0)
+    bounds = phase_bounds(model, x - 1, x + 1, phases)
+    assert bounds is not None
+    made = encoding.Encoding(bounds, {}, 0.0)
     assert made.binaries == 0
     decision = decide_margins(model, x - 1, x + 1, int(model(x).argmax()), phases=phases)
     assert decision.binaries == 0 and decision.by in ("bounds", "lp") and decision.status != "unknown"
 
 
 def test_empty_regions_are_not_verified():
-    model = net(2, 2, 2, seed=0)
+    model: Any = net(2, 2, 2, seed=0)
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
         model[0].bias.copy_(torch.tensor([-5.0, 0.0]))
@@ -223,7 +228,7 @@ def test_empty_regions_are_not_verified():
     with (
         torch.no_grad()
     ):  # z1 = x1 + x2 - 1.3 and z2 = 0.4 - x1 in [0, 1]^2, and a third that only together is impossible
-        model = net(2, 3, 2, seed=0)
+        model: Any = net(2, 3, 2, seed=0)
         model[0].weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]))
         model[0].bias.copy_(torch.tensor([-1.3, 0.4, 0.4]))
     by_program = decide(model, lower, upper, torch.zeros(0, 2), phases={"_1": torch.tensor([1, 1, 1])})
@@ -233,7 +238,7 @@ def test_empty_regions_are_not_verified():
 
 def edge(offset: float) -> nn.Sequential:
     """Logits (relu(x + offset), 0) of one input."""
-    model = net(1, 1, 2, seed=0)
+    model: Any = net(1, 1, 2, seed=0)
     with torch.no_grad():
         model[0].weight.fill_(1.0)
         model[0].bias.fill_(offset)
@@ -262,6 +267,7 @@ def test_phase_bounds_are_within_plain_bounds_and_hold():
         follows &= ((sign <= 0) | (inputs[name] > 0)).all(1) & ((sign >= 0) | (inputs[name] <= 0)).all(1)
     assert follows.sum() > 50
     plain, cut = phase_bounds(model, lower, upper, {}), phase_bounds(model, lower, upper, phases)
+    assert plain is not None and cut is not None
     for (name, wide), (_, narrow) in zip(plain.rectifiers, cut.rectifiers, strict=True):
         assert (narrow.lower >= wide.lower - 1e-12).all() and (narrow.upper <= wide.upper + 1e-12).all()
         z = inputs[name][follows]
@@ -292,7 +298,8 @@ def test_other_nonlinearities_and_bad_limits_are_refused():
     smooth = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     with pytest.raises(UnsupportedOp, match="'_1'"):
         decide_margins(smooth, torch.zeros(1, 2), torch.ones(1, 2), 0)
-    for bad in ({"time_limit": 0.0}, {"tol": -1.0}, {"max_binaries": -1}, {"max_nodes": 0}):
+    cases: list[dict[str, Any]] = [{"time_limit": 0.0}, {"tol": -1.0}, {"max_binaries": -1}, {"max_nodes": 0}]
+    for bad in cases:
         with pytest.raises(InvalidInput, match=next(iter(bad))):
             Limits(**bad)
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,19 +175,19 @@ def test_start_training_merging_and_undoing(name: str, layer: nn.Module, x: Tens
     model, x = nn.Sequential(copy.deepcopy(layer)).to(dtype), x.to(dtype)
     before, original = model(x), copy.deepcopy(model.state_dict())
     attach_(model, match_layers(model), principal)
-    adapter = adapters(model)["0"]
+    adapter: Any = adapters(model)["0"]
     assert torch.allclose(model(x), before, atol=tight, rtol=tight)
     assert torch.allclose(adapter.weight, original["0.weight"], atol=tight)
     frozen = adapter.base.weight.clone()
     train_a_little(model, x)
     assert torch.equal(adapter.base.weight, frozen)
     assert not torch.allclose(adapter.A, adapter.A0) and not torch.allclose(adapter.B, adapter.B0)
-    merged = detach_(copy.deepcopy(model), merged=True)
+    merged: Any = detach_(copy.deepcopy(model), merged=True)
     assert type(merged[0]) is type(layer) and list(merged.state_dict()) == list(original)
     assert torch.allclose(merged(x), model(x), atol=10 * tight, rtol=10 * tight)
     assert not torch.allclose(merged(x), before, rtol=1e-3)
     assert all(p.requires_grad for p in merged.parameters())
-    undone = detach_(copy.deepcopy(model), merged=False)
+    undone: Any = detach_(copy.deepcopy(model), merged=False)
     assert torch.allclose(undone[0].weight, original["0.weight"], atol=tight)
     update = adapter.update()
     moved = merged[0].weight.flatten(1) - original["0.weight"].flatten(1)
@@ -195,19 +196,19 @@ def test_start_training_merging_and_undoing(name: str, layer: nn.Module, x: Tens
 
 def test_plain_lora_keeps_the_weight_and_exports_rank_r() -> None:
     model, x = nn.Sequential(nn.Linear(7, 5)).double(), draw(3, 7)
-    weight, before = model[0].weight.clone(), model(x)
+    weight, before = model.get_parameter("0.weight").clone(), model(x)
     attach_(model, match_layers(model), lora)
-    adapter = adapters(model)["0"]
+    adapter: Any = adapters(model)["0"]
     assert torch.equal(model(x), before) and torch.equal(adapter.base.weight, weight)
     assert adapter.update().rank == 2
     train_a_little(model, x)
-    assert torch.equal(detach_(model, merged=False)[0].weight, weight)
+    assert torch.equal(detach_(model, merged=False).get_parameter("0.weight"), weight)
 
 
 def test_transformers_conv1d_is_transposed_in_and_out() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model, x = nn.Sequential(conv1d(5, 7)).double(), draw(3, 7)
-    weight, before = model[0].weight.clone(), model(x)
+    weight, before = model.get_parameter("0.weight").clone(), model(x)
     attach_(model, match_layers(model), principal)
     adapter = adapters(model)["0"]
     assert adapter.kind == "conv1d" and adapter.A.shape == (2, 7) and adapter.B.shape == (5, 2)
@@ -215,7 +216,7 @@ def test_transformers_conv1d_is_transposed_in_and_out() -> None:
     train_a_little(model, x)
     after = model(x)
     assert torch.allclose(detach_(copy.deepcopy(model), merged=True)(x), after, atol=1e-12)
-    assert torch.allclose(detach_(model, merged=False)[0].weight, weight, atol=1e-12)
+    assert torch.allclose(detach_(model, merged=False).get_parameter("0.weight"), weight, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -236,19 +237,20 @@ def test_half_precision_base_reports_drift_or_is_kept_in_float32() -> None:
     x = draw(4, 32, dtype=torch.bfloat16)
     plain = nn.Sequential(nn.Linear(32, 32)).bfloat16()
     rough, kept = (attach_(copy.deepcopy(plain), ["0"], principal, keep_base_fp32=keep) for keep in (False, True))
+    bases: Any = [adapters(model)["0"].base for model in (kept, rough)]
     assert 1e-6 < adapter_summary(rough)[0].drift < 2**-8
     assert adapter_summary(kept)[0].drift < 1e-6
     for model in (rough, kept):
         assert model(x).dtype == torch.bfloat16
         assert torch.allclose(model(x).float(), plain(x).float(), atol=0.03)
-    assert kept[0].base.weight.dtype == torch.float32 and rough[0].base.weight.dtype == torch.bfloat16
+    assert [base.weight.dtype for base in bases] == [torch.float32, torch.bfloat16]
 
 
 def test_kept_original_is_restored_to_the_bit() -> None:
-    model = nn.Sequential(nn.Linear(9, 9))
+    model: Any = nn.Sequential(nn.Linear(9, 9))
     weight = model[0].weight.clone()
     attach_(model, match_layers(model), principal, keep_original=True)
-    assert torch.equal(detach_(model, merged=False)[0].weight, weight)
+    assert torch.equal(detach_(model, merged=False).get_parameter("0.weight"), weight)
 
 
 def test_trainable_count_and_summary() -> None:
@@ -291,7 +293,7 @@ def test_matching_rules() -> None:
 
 def test_unusable_weights_are_named() -> None:
     def refused(layer: nn.Module, error: type[Exception], match: str) -> None:
-        model = nn.Sequential(nn.Linear(3, 3), layer)
+        model: Any = nn.Sequential(nn.Linear(3, 3), layer)
         before = copy.deepcopy(model[0].state_dict())
         with pytest.raises(error, match=match):
             attach_(model, match_layers(model), principal)
@@ -335,7 +337,7 @@ def test_native_file_round_trip(tmp_path: Path, factor: Callable[[str, Tensor], 
     for name, buffer in model.named_buffers():  # batch-norm statistics moved, and are no part of an adapter
         if "running" in name:
             again.get_buffer(name).copy_(buffer)
-    other = copy.deepcopy(again)
+    other: Any = copy.deepcopy(again)
     load_adapter_(again, tmp_path / "a.safetensors").eval()
     assert torch.allclose(again(x), model(x), atol=1e-5)
     back = detach_(again, merged=False)

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_bounds_agree_with_scipy_and_mirror_each_other():
 
 def test_p_value_is_the_two_sided_binomial_test():
     top, other = torch.tensor([60, 51, 100, 5, 0]), torch.tensor([40, 50, 0, 5, 0])
-    exact = [stats.binomtest(int(a), int(a + b)).pvalue if a + b else 1.0 for a, b in zip(top, other)]
+    exact = [float(stats.binomtest(int(a), int(a + b)).pvalue) if a + b else 1.0 for a, b in zip(top, other)]
     np.testing.assert_allclose(sm.binomial_p_value(top, other).numpy(), exact, rtol=1e-9)
 
 
@@ -251,7 +252,7 @@ def test_float32_and_float64_follow_the_caller():
 
 def test_training_mode_is_switched_off_and_put_back():
     """Planted mistake: a train-mode model (batch statistics, dropout) is not the classifier that is certified."""
-    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    net: Any = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     net[1].running_mean.fill_(3.0)
     net.train()
     net[2].eval()
@@ -286,8 +287,9 @@ def test_certificates_of_half_spaces_are_broken_at_most_alpha_of_the_time():
     assert broken <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
     assert broken > 0.01  # the bound is tight: the test could fail
     # the attack itself: a step of the certified size along w flips exactly the broken ones
-    moved = model.w[None] * found.radius[:, None] * (1 - 1e-12)
-    flips = torch.distributions.Normal(0.0, 1.0).cdf(model.c - moved @ model.w) < 0.5
+    w: Any = model.w
+    moved = w[None] * found.radius[:, None] * (1 - 1e-12)
+    flips = torch.distributions.Normal(0.0, 1.0).cdf(model.c - moved @ w) < 0.5
     assert torch.equal(flips & certified, certified & (found.radius > distance))
 
 

@@ -98,7 +98,7 @@ def test_unknown_and_unused_layers_are_named():
     with pytest.raises(InvalidInput, match="no layer 'conv9'"):
         tapped(model, ["conv9"], torch.rand(1, 1, 8, 8))
     model.idle = nn.Linear(1, 1)
-    model.forward = lambda x: nn.Sequential(*list(model)[:-1])(x)
+    model.forward = lambda input: nn.Sequential(*list(model)[:-1])(input)
     with pytest.raises(InvalidInput, match="idle takes no part"):
         tapped(model, ["idle"], torch.rand(1, 1, 8, 8))
     rnn = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 4))

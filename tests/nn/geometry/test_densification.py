@@ -88,7 +88,7 @@ def test_the_pull_is_in_normalised_units_and_seen_views_only():
     assert strategy.sum_ is not None
     assert out.means2d.grad is not None
     torch.testing.assert_close(strategy.sum_, (out.means2d.grad * 16).norm(dim=1) * out.visible)
-    assert torch.equal(strategy.count_, out.visible.float())
+    assert strategy.count_ is not None and torch.equal(strategy.count_, out.visible.float())
     with pytest.raises(InvalidInput, match="backward"):
         strategy.observe(rasterize(scene, camera()), 32, 32)
 

@@ -31,9 +31,9 @@ def scene_of(n=40, degree=3):
     g = torch.Generator().manual_seed(0)
     scene = GaussianScene.from_points(torch.rand(n, 3, generator=g) - 0.5, torch.rand(n, 3, generator=g), degree=degree)
     with torch.no_grad():
-        scene.sh += 0.1 * torch.randn(scene.sh.shape, generator=g)
-        scene.quats += 0.2 * torch.randn(n, 4, generator=g)
-        scene.log_scales += 0.1 * torch.randn(n, 3, generator=g)
+        scene.sh.add_(0.1 * torch.randn(scene.sh.shape, generator=g))
+        scene.quats.add_(0.2 * torch.randn(n, 4, generator=g))
+        scene.log_scales.add_(0.1 * torch.randn(n, 3, generator=g))
     scene.active_degree = degree
     return scene
 
