@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import _lirpa
-from _timing import Row, in_turn, row
+from _timing import Row, in_turn, memory_mb, row
 from surefoot.certified.fast_ibp import cnn7
 from surefoot.models import mlp, small_resnet
 from surefoot.nn.bounds import (
@@ -94,19 +94,17 @@ def margin_rows_of_table() -> list[Row]:
             what = f"{label} margins, {name}, batch {len(x)}"
             theirs = lirpa_margins(model, x, y, eps, label)
             if theirs is None:
-                table.append(row(what, in_turn(ours)[0], "auto-lirpa 0.3", None, "", "auto-lirpa is not installed"))
+                table.append(row(what, in_turn(ours)[0], "auto-lirpa 0.3", None, "", "auto-lirpa is not installed", ours_mb=memory_mb(ours)))  # fmt: skip
                 continue
             gap = agreement(ours(), theirs())
-            table.append(row(what, *spread(in_turn(ours, theirs)), f"equal to {gap:.0e} of the scale"))
+            table.append(row(what, *spread(in_turn(ours, theirs)), f"equal to {gap:.0e} of the scale", ours_mb=memory_mb(ours), peer_mb=memory_mb(theirs)))  # fmt: skip
             if method == "crown":
                 cut = margins_of(model, x, y, eps, method, plain=False)
                 loosest = float((cut() - theirs()).min())
                 if loosest < -1e-3:
                     raise RuntimeError(f"{what}: the default is looser than auto-lirpa by {-loosest:.2g}")
                 gain = float((cut() - theirs()).mean())
-                table.append(
-                    row(f"{what}, default", *spread(in_turn(cut, theirs)), f"tighter by {gain:.2g} on average")
-                )
+                table.append(row(f"{what}, default", *spread(in_turn(cut, theirs)), f"tighter by {gain:.2g} on average", ours_mb=memory_mb(cut), peer_mb=memory_mb(theirs)))  # fmt: skip
     return table
 
 
@@ -145,15 +143,15 @@ def training_rows() -> list[Row]:
 
         kind = "with batch-norm (clean pass included)" if batch_norm else "without batch-norm"
         what = f"IBP training step, CNN-7 width 8, 28x28, batch 64, {kind}"
-        theirs = lirpa_step(model, x, y, eps)
+        theirs, grown = lirpa_step(model, x, y, eps), memory_mb(ours)
         if theirs is None:
             mine, plain = in_turn(ours, clean)
-            table.append(row(what, mine, "auto-lirpa 0.3", None, "", "auto-lirpa is not installed"))
+            table.append(row(what, mine, "auto-lirpa 0.3", None, "", "auto-lirpa is not installed", ours_mb=grown))  # fmt: skip
         else:
             gap = agreement(ours(), theirs())
             mine, other, plain = in_turn(ours, theirs, clean)
-            table.append(row(what, mine, "auto-lirpa 0.3", other, f"same loss to {gap:.0e}"))
-        table.append(row(what, mine, "clean step", plain, f"{mine / plain:.2f} clean steps"))
+            table.append(row(what, mine, "auto-lirpa 0.3", other, f"same loss to {gap:.0e}", ours_mb=grown, peer_mb=memory_mb(theirs)))  # fmt: skip
+        table.append(row(what, mine, "clean step", plain, f"{mine / plain:.2f} clean steps", ours_mb=grown, peer_mb=memory_mb(clean)))  # fmt: skip
     return table
 
 

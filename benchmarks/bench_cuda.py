@@ -239,7 +239,8 @@ def loss_rows() -> list[Row]:
         "ALDR-KL, values trusted": ALDRKLLoss(50_000, 10, normalize="l1", validate=False),
     }
     plain = stepper(model, lambda: F.cross_entropy(model(x), y))
-    steps = [stepper(model, lambda loss=loss.to(DEVICE): loss(model(x), y, index)) for loss in losses.values()]
+    moved = [loss.to(DEVICE) for loss in losses.values()]
+    steps = [stepper(model, lambda loss=loss: loss(model(x), y, index)) for loss in moved]
     *taken, base = in_turn(*steps, plain)
     memory, base_mb = [peak_mb(step) for step in steps], peak_mb(plain)
     what = "a step of ResNet-18, 128 x 3 x 32 x 32"

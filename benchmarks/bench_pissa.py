@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from _timing import memory_mb
 from surefoot.peft.pissa import apply_pissa_
 
 REPEATS = 15
@@ -70,10 +71,11 @@ def case(m: int, n: int, rank: int, power: float, name: str, niter: int | None) 
     timed = median(calls, REPEATS if name != "pissa" else 1)
     excess = ", ".join(f"{100 * (error / tail - 1):.2f} %" for _, error in timed)
     peer_s = timed[1][0] if installed else None
+    grown = [memory_mb(call) for call in calls]
     row = {
         "what": f"start of a {m} x {n} layer, rank {rank}, spectrum i^-{power}, ours with niter={niter}", "ours_s": timed[0][0],
         "peer": f"peft {name}", "peer_s": peer_s, "ratio": None if peer_s is None else timed[0][0] / peer_s,
-        "quality": f"excess error {excess} (ours, peer)", "ours_mb": None, "peer_mb": None,
+        "quality": f"excess error {excess} (ours, peer)", "ours_mb": grown[0], "peer_mb": grown[1] if installed else None,
     }  # fmt: skip
     return row if installed else {**row, "note": "peft is not installed"}
 

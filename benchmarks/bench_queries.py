@@ -122,7 +122,8 @@ def plain_milp(net: nn.Sequential, phases: dict[str, Tensor], point: Tensor, eps
         line = np.zeros(total)
         for column, value in entries:
             line[column] += value
-        rows.append(line), least.append(a), most.append(b)
+        for kept, value in ((rows, line), (least, a), (most, b)):
+            kept.append(value)
 
     source, below, above = starts[0], low, high
     for k, (w, b) in enumerate(layers[:-1]):
@@ -140,11 +141,13 @@ def plain_milp(net: nn.Sequential, phases: dict[str, Tensor], point: Tensor, eps
         source, below, above = y0, np.maximum(zl, 0), np.maximum(zu, 0)
     whole = np.concatenate([np.zeros(sizes[0]), *(np.repeat([0.0, 0.0, 1.0], len(w)) for w, _ in layers[:-1])])
     w, b = layers[-1]
+    ends: list[Any] = [np.concatenate(lower), np.concatenate(upper), np.array(least), np.array(most)]
+    within, lines = Bounds(ends[0], ends[1]), LinearConstraint(np.array(rows), ends[2], ends[3])
     for rival in range(len(w)):
         if rival != label:
             cost = np.zeros(total)
             cost[source : source + w.shape[1]] = w[label] - w[rival]
-            found = milp(cost, integrality=whole, bounds=Bounds(np.concatenate(lower), np.concatenate(upper)), constraints=LinearConstraint(np.array(rows), least, most))  # fmt: skip
+            found = milp(cost, integrality=whole, bounds=within, constraints=lines)
             if not (found.x is not None and found.fun + b[label] - b[rival] > 0):
                 return False
     return True
