@@ -287,6 +287,7 @@ def test_all_stages_and_their_report(scene, views, tmp_path):
     result = run(views)
     assert result.report["repair"].startswith("patch denoiser")
     assert result.report["enhancement"].startswith("temporal median")
+    assert result.report["rasteriser"] == "PyTorch, on cpu"
     assert "simulated" in result.report["stereo"]
     assert result.enhanced is not None
     assert result.frames.shape == (4, SIZE, SIZE, 3)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 1 << 22  # elements of unfolded patches held at once
+CHUNK, WIDE = 1 << 22, 1 << 26  # elements of unfolded patches held at once: on a CPU, on what has launches to save
 SMALL = 1 << 18  # elements of unfolded patches up to which one plain product is fastest
 
 
@@ -36,7 +36,7 @@ def patch_moment(
     apart = (kh <= sh and kw <= sw) or count * x.shape[1] * kh * kw <= SMALL
     moment = _whole_moment if apart else _row_moment
     per_image = x.shape[1] * columns * kw * (rows * kh if apart else height)
-    first, *others = x.split(max(1, CHUNK // max(1, per_image)))
+    first, *others = x.split(max(1, (CHUNK if x.device.type == "cpu" else WIDE) // max(1, per_image)))
     total = moment(first, patches, rows, columns)
     for part in others:
         total += moment(part, patches, rows, columns)

@@ -41,6 +41,7 @@ from surefoot.geometry.lm_gaussian.train import (
 from surefoot.nn.geometry.camera_files import save_colmap
 from surefoot.nn.geometry.cameras import Camera, opposite
 from surefoot.nn.geometry.ply import PointCloud, save_splats
+from surefoot.nn.geometry.rasterizer import rasterizer_name
 from surefoot.nn.geometry.splats import GaussianScene
 
 T = TypeVar("T")
@@ -188,6 +189,7 @@ def reconstruct(
     path = walk(start.cameras, budget.path_frames, mode)
     film = run.film(scene, start, photos, path, video_prior)
     used = {
+        "rasteriser": rasterizer_name(scene, start.cameras[0]),
         "normals": None if normal_prior is None or not switches.normal_loss else normal_prior.name,
         "repair": None if repair_prior is None else repair_prior.name,
         "enhancement": None if video_prior is None else video_prior.name,

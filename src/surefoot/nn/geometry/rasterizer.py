@@ -107,6 +107,14 @@ def rasterize(
     return RenderOut(rgb, 1 - t_end, image[..., 3], median, normal, flat.means2d, flat.radii)
 
 
+def rasterizer_name(scene: GaussianScene | Splats, camera: Camera) -> str:
+    """Who draws such a scene with `backend="auto"`, for reports."""
+    from surefoot.nn.geometry import gsplat_backend
+
+    splats, _ = _activated(scene, None)
+    return "gsplat" if gsplat_backend.available(splats, camera) else f"PyTorch, on {splats.means.device.type}"
+
+
 def _activated(scene: GaussianScene | Splats, sh_degree: int | None) -> tuple[Splats, int]:
     splats = scene.splats() if isinstance(scene, GaussianScene) else scene
     most = round(splats.sh.shape[1] ** 0.5) - 1
