@@ -111,7 +111,7 @@ class HalfSpace(nn.Module):
         self.register_buffer("w", w)
 
     def forward(self, x):
-        inside = self.threshold - x.flatten(1) @ self.w.flatten()
+        inside = self.threshold - x.flatten(1) @ self.get_buffer("w").flatten()
         return torch.stack([-inside, inside], 1)
 
 
@@ -245,7 +245,7 @@ def test_certify_leaves_model_and_global_state_alone_and_repeats():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(dataclasses.FrozenInstanceError):
-        one.radius = two.radius
+        one.radius = two.radius  # type: ignore[misc]
 
 
 def test_two_noise_levels_and_vectors():
@@ -323,8 +323,8 @@ def easy_task(n=240, seed=0, dtype=torch.float32):
     centres = F.interpolate(torch.rand(3, 1, 2, 2, generator=rng(5)), size=(8, 8), mode="bilinear").to(dtype)
     x = (centres[y] + 0.1 * torch.randn(n, 1, 8, 8, generator=g).to(dtype)).clamp(0, 1)
     cut = (n // 2, 3 * n // 4)
-    splits = [Split(x[a:b], y[a:b]) for a, b in pairwise((0, *cut, n))]
-    return Task("smooth blobs", *splits, 3, seed=seed)
+    train, valid, test = (Split(x[a:b], y[a:b]) for a, b in pairwise((0, *cut, n)))
+    return Task("smooth blobs", train, valid, test, 3, seed=seed)
 
 
 def trained(task, **settings):
@@ -339,7 +339,7 @@ def test_treatment_trains_two_halves_and_rebuilds(partition):
     run = trained(task, partition=partition, consistency_epochs=1)
     model = run.model
     assert isinstance(model, ds.DualSmoothedClassifier)
-    assert not torch.equal(model.left.model[0].weight, model.right.model[0].weight)
+    assert not torch.equal(model.left.get_parameter("model.0.weight"), model.right.get_parameter("model.0.weight"))
     again = trained(task, partition=partition, consistency_epochs=1).model
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     treatment = run.treatments[0]
@@ -391,6 +391,7 @@ def test_trained_certificates_survive_attacks_on_the_smoothed_vote():
     """Every certified example is attacked along the smoothed gradient just inside its radius; the vote must hold."""
     task = easy_task(600)
     model = trained(task, epochs=6).model
+    assert isinstance(model, ds.DualSmoothedClassifier)
     x, y = task.test.x, task.test.labels
     found = model.certify(x, generator=rng(1), n0=50, n=500)
     sure = ~found.abstained

@@ -110,10 +110,10 @@ def test_missing_library(controlnet_folder, monkeypatch):
 def test_models_of_another_kind_are_refused(make_parts):
     with pytest.raises(Refused, match="predicts v_prediction"):
         ControlNetParts(**make_parts(prediction_type="v_prediction"))
-    import diffusers
+    from diffusers.models.controlnets.controlnet import ControlNetModel
 
     made = make_parts()
-    other = diffusers.ControlNetModel.from_config({**made["controlnet"].config, "cross_attention_dim": 8})
+    other = ControlNetModel.from_config({**made["controlnet"].config, "cross_attention_dim": 8})
     with pytest.raises(InvalidInput, match="reads text of width 8"):
         ControlNetParts(**{**made, "controlnet": other})
 
@@ -164,6 +164,7 @@ def test_merged_equals_unmerged_and_nothing_of_the_user_changes(parts):  # exact
     renders = pictures()[0]
     unmerged = repair.repair(renders, strength=0.2, generator=rng(5))
     repair.merge()
+    assert repair.net_ is not None
     assert not any(isinstance(m, (Adapter, EmbeddingAdapter)) for network in repair.net_ for m in network.modules())
     for a, b in zip(outputs(repair.net_, parts), apart, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -374,6 +375,7 @@ def test_any_size_comes_back(parts, size):
 def test_half_precision_weights(controlnet_folder):
     repair = DiffusersControlNetRepair.from_folder(controlnet_folder, dtype=torch.bfloat16, crop=16, fit_steps=2)
     repair.fit(*pictures(), generator=rng())
+    assert repair.net_ is not None
     assert {p.dtype for n in repair.net_ for k, p in n.named_parameters() if k.endswith((".A", ".B"))} == {
         torch.float32
     }

@@ -126,6 +126,7 @@ def test_forgotten_moments_would_be_noticed(views, photos, cloud, tmp_path):
         everything(views, photos, cloud, checkpoint=store.checkpoint("train"), on_step=stops(15))
     generator = rng()
     saved = store.get("train_unfinished", generator)
+    assert saved is not None
     saved["optimizer"]["state"] = {}
     store.put("train_unfinished", saved, generator)
     resumed, *_ = everything(views, photos, cloud, checkpoint=store.checkpoint("train"))

@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from surefoot.geometry.lm_gaussian import (
     load_backends,
 )
 from surefoot.geometry.lm_gaussian.backends import Backends, aligned, oriented, parse
+from surefoot.geometry.lm_gaussian.diffusers_repair import DiffusersControlNetRepair
 from surefoot.geometry.lm_gaussian.networks import decode_pose, nearest
 from surefoot.geometry.lm_gaussian.pairs import ask_pairs
 from surefoot.geometry.lm_gaussian.run import reconstruct_photos
@@ -156,7 +158,7 @@ def test_other_failures_of_a_network_are_one_sentence():
     with pytest.raises(InvalidInput, match="must answer two dicts"):
         Dust3rPrior(lambda a, b: torch.ones(3)).predict(0, 1, image, image)
     with pytest.raises(InvalidInput, match="callable or a path"):
-        Dust3rPrior(7)
+        Dust3rPrior(7)  # type: ignore[arg-type]
 
 
 def test_networks_come_from_files_and_pickles_are_refused(tmp_path):
@@ -252,7 +254,7 @@ def test_vggt_answers(views, form):
         assert (camera.width, camera.height) == (SIZE, SIZE)
     true = nearest(nearest(torch.stack([v.depth for v in views]), 28, 28), SIZE, SIZE)
     torch.testing.assert_close(found.depths, true, atol=1e-4, rtol=1e-4)
-    assert float(found.conf.min()) == 5 and len(found.cloud.points) > 100
+    assert found.conf is not None and float(found.conf.min()) == 5 and len(found.cloud.points) > 100
     known = VggtPrior(network, side=28).reconstruct([v.rgb for v in views], ["p"] * 6, 3 * torch.eye(3))
     assert float(known.cameras[0].K[0, 0]) == 3
 
@@ -481,7 +483,7 @@ def test_names_of_backends():
 
 
 def test_backends_are_what_was_asked(marigold_folders, controlnet_folder, image_folder):
-    chosen = load_backends(
+    chosen: Any = load_backends(
         depth=f"marigold:{marigold_folders / 'depth'}", normals=f"marigold:{marigold_folders / 'normals'}", repair=f"diffusers:{controlnet_folder}",
         enhance=f"diffusers:{image_folder}", prompt="a courtyard",
     )  # fmt: skip
@@ -489,7 +491,7 @@ def test_backends_are_what_was_asked(marigold_folders, controlnet_folder, image_
     assert names[:2] == ["MarigoldDepth (depth)", "MarigoldNormals (normals)"]
     assert "tiny-tile" in names[2] and "frame by frame" in names[3]
     assert chosen.repair.prompt == "a courtyard" and chosen.stereo is None
-    plain = load_backends()
+    plain: Any = load_backends()
     assert "patch denoiser" in plain.repair.name and plain.repair.name in plain.enhance.name
     nothing = load_backends(repair="none", enhance="none")
     assert (nothing.depth, nothing.normals, nothing.repair, nothing.enhance) == (None,) * 4
@@ -501,7 +503,7 @@ def test_a_depth_prior_that_runs_backwards_is_turned_over_and_said_so(views):
     same, note = oriented(2 * depths + 1, depths, conf)
     assert note is None and torch.equal(same, 2 * depths + 1)
     turned, note = oriented(1 / depths, depths, conf)
-    assert torch.equal(turned, -1 / depths) and "turned over" in note
+    assert torch.equal(turned, -1 / depths) and "turned over" in (note or "")
 
 
 class Inverse:
@@ -521,6 +523,7 @@ def test_a_whole_run_by_large_networks(views, controlnet_folder, image_folder, t
     from dataclasses import replace
 
     chosen = load_backends(repair=f"diffusers:{controlnet_folder}", enhance=f"diffusers:{image_folder}")
+    assert isinstance(chosen.repair, DiffusersControlNetRepair)
     chosen = replace(
         chosen, stereo=Dust3rPrior(Dust3rLike(views), side=SIZE), depth=Inverse(views), repair=replace(chosen.repair, crop=SIZE, fit_steps=2, sample_steps=5),
         enhance=DiffusersVideoPrior(image_folder, side=SIZE, steps=5),
@@ -538,7 +541,7 @@ def test_a_whole_run_by_large_networks(views, controlnet_folder, image_folder, t
         and report["normals"] is None
     )
     assert any("turned over" in note for note in report["notes"]) and report["unregistered"] == []
-    assert len(result.cameras) == len(small) == 5 and held.names == ("p0.png",)
+    assert len(result.cameras) == len(small) == 5 and held is not None and held.names == ("p0.png",)
     assert pose_errors(result.cameras, [v.camera for v in views[1:]]).rotation_degrees.max() < 1
     assert "EfficientNet" in held.scores["perceptual"] or held.scores["perceptual"].startswith("none")
     assert result.enhanced is not None and result.enhanced.shape == result.frames.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -62,14 +63,16 @@ def test_peft_computes_what_was_fitted(parts, fitted, folder, make_parts):
     for ours, read, plain in zip(outputs(fitted.net_, ids), outputs(theirs, ids), base, strict=True):
         torch.testing.assert_close(read, ours, atol=1e-5, rtol=0)
         assert (ours - plain).abs().max() > 1e-2
-    merged = theirs.text_encoder.merge_and_unload()
+    encoder: Any = theirs.text_encoder
+    merged = encoder.merge_and_unload()
     torch.testing.assert_close(merged(ids)[0], outputs(fitted.net_, ids)[1], atol=1e-5, rtol=0)
 
 
 def test_a_diffusers_pipeline_loads_unet_and_text_encoder(fitted, folder, make_parts):
-    from diffusers import StableDiffusionControlNetPipeline
+    from diffusers.pipelines.controlnet.pipeline_controlnet import StableDiffusionControlNetPipeline
 
-    pipe = StableDiffusionControlNetPipeline(**make_parts(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+    none: Any = None  # the signature asks for a checker, the code takes none
+    pipe = StableDiffusionControlNetPipeline(**make_parts(), safety_checker=none, feature_extractor=none, requires_safety_checker=False)  # fmt: skip
     pipe.load_lora_weights(str(folder))
     z, t, words = torch.randn(2, 4, 8, 8, generator=rng(3)), torch.tensor([7, 400]), torch.randn(2, 16, 16, generator=rng(4))  # fmt: skip
     with torch.no_grad():
@@ -94,6 +97,7 @@ def test_a_saved_lora_replaces_fitting_to_the_bit(parts, fitted, folder):
     assert torch.equal(first, again.repair(renders, **{**asked, "generator": rng(5)}))
     assert torch.equal(first, other.repair(renders, **{**asked, "generator": rng(5)}))
     assert other.losses_ == fitted.losses_
+    assert again.net_ is not None
     assert not any(p.requires_grad for network in again.net_ for p in network.parameters())
     assert not torch.equal(first, prior(parts).repair(renders, **{**asked, "generator": rng(5)}))
 
@@ -179,6 +183,7 @@ def test_a_resumed_run_takes_the_lora_up(parts, tmp_path, monkeypatch):
     for _ in range(2):  # the second time all stages are finished
         repair = prior(parts)
         resumed = run(repair, stages=store)
+        assert resumed.enhanced is not None and whole.enhanced is not None
         assert torch.equal(resumed.scene.means, whole.scene.means) and torch.equal(resumed.enhanced, whole.enhanced)
         files = save_result(resumed, tmp_path / "scene", repair=repair)
         assert files["repair model"] == "repair_lora/"

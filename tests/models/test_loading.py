@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,8 @@ def test_exported_program(task, tmp_path):
 def test_torchscript(task, tmp_path):
     model = small_cnn(task.input_shape, 10).eval()
     path = tmp_path / "m.pt"
-    torch.jit.trace(model, task.test.x[:2]).save(str(path))
+    traced: Any = torch.jit.trace(model, task.test.x[:2])
+    traced.save(str(path))
     loaded, _, _ = load_model(str(path), task=task)
     assert torch.allclose(
         as_subject(loaded, "script", task).logits(task.test.x), predict(model, task.test.x), atol=1e-5
@@ -146,7 +148,9 @@ def test_trust_opens_a_pickled_model(task, tmp_path):
 def test_malformed_model_files(task, tmp_path, factory, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    call = {"model": str(path)} if name != "w.safetensors" else {"model": f"{factory}:make", "weights": path}
+    call: dict[str, Any] = (
+        {"model": str(path)} if name != "w.safetensors" else {"model": f"{factory}:make", "weights": path}
+    )
     with pytest.raises(InvalidInput) as caught:
         load_model(task=task, **call)
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 from surefoot.errors import InvalidInput
 from surefoot.nn.corruptions import CORRUPTIONS, SEVERITIES, corrupt, jpeg, kinds
 
-DIGITS = torch.tensor(load_digits().images[:48] / 16, dtype=torch.float32)[:, None]
+PIXELS: Any = load_digits(return_X_y=True)[0]
+DIGITS = torch.tensor(PIXELS[:48].reshape(48, 8, 8) / 16, dtype=torch.float32)[:, None]
 PHOTOS = torch.tensor(np.stack(load_sample_images().images) / 255, dtype=torch.float32).permute(0, 3, 1, 2)
 IMAGES = {
     "digits 8": DIGITS,
