@@ -644,3 +644,16 @@ def test_fab_refuses_what_it_cannot_use(digits):
         fab(model, x, y, beta=1.0)
     with pytest.raises(InvalidInput, match="restarts"):
         fab(model, x, y, restarts=0)
+
+
+def test_training_attack_tells_of_nan_that_comes_in_a_later_step() -> None:
+    calls = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        logits = torch.stack([x.sum(1), -x.sum(1)], 1)
+        return logits * torch.nan if len(calls) == 3 else logits
+
+    x, y = torch.full((4, 3), 0.5), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(InvalidInput, match="NaN"):
+        pgd_train(model, x, y, eps=0.1, steps=5)

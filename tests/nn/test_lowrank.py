@@ -376,3 +376,17 @@ def test_fingerprint_tells_any_changed_number_dtype_and_shape_apart() -> None:
         other.weight.data = other.weight.data if other.weight.dtype != torch.float32 else weight.reshape(50, 70)
         seen.add(fingerprint(other))
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])  # the last spans more than the Gram matrix can tell: Householder
+def test_randomized_svd_keeps_its_digits_whatever_the_decay(power: float) -> None:
+    g = torch.Generator().manual_seed(901)
+    u, v = (torch.linalg.qr(torch.randn(300, 300, generator=g, dtype=torch.float64)).Q for _ in range(2))
+    w = (u * torch.arange(1, 301).double() ** -power) @ v.T
+    left, s, right = randomized_svd(w.float(), 32, niter=4)
+    left64, s64, right64 = randomized_svd(w, 32, niter=4, generator=torch.Generator().manual_seed(0))
+    eye = torch.eye(32)
+    assert (left.T @ left - eye).abs().max() < 2e-5
+    assert (right @ right.T - eye).abs().max() < 2e-5
+    best = (w - (left64 * s64) @ right64).norm()
+    assert (w - (left * s).double() @ right.double()).norm() < best * 1.02

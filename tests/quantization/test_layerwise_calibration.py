@@ -581,3 +581,21 @@ def test_nothing_is_drawn_from_the_global_generator(model, x):
     state = torch.get_rng_state()
     calibrate_pipeline(model, x, iters=3, bias_epochs=1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_options_out_of_reach_are_no_part_of_any_solution_within_the_level() -> None:
+    from surefoot.quantization.layerwise_calibration.allocation import _in_reach
+
+    rng = np.random.default_rng(7)
+    ruled_out = 0
+    for _ in range(40):
+        losses, weights = rng.integers(0, 9, (4, 3)) / 4, rng.integers(1, 9, (4, 3)).astype(float)
+        budget = float(weights.min(1).sum() + rng.integers(0, 9))
+        choices = [c for c in itertools.product(range(3), repeat=4) if weights[range(4), list(c)].sum() <= budget]
+        best = min(losses[range(4), list(c)].sum() for c in choices)
+        kept = _in_reach(losses, weights, budget, np.ones((4, 3), dtype=bool), best)
+        ruled_out += int((~kept).sum())
+        for c in choices:
+            if losses[range(4), list(c)].sum() <= best:
+                assert kept[range(4), list(c)].all()
+    assert ruled_out > 100

@@ -206,11 +206,12 @@ def input_gradient(
     *,
     piece: int | None = None,
 ) -> Tensor:  # [B, ...]
-    """The gradient of `loss_and_gradient` alone, unchecked: for the later steps of a training loop's attack."""
+    """The gradient of `loss_and_gradient` alone: for the later steps of a training loop's attack."""
     if piece is not None and (count := round(len(x) / piece)) > 1:
         return torch.cat([input_gradient(model, a, b, loss) for a, b in zip(x.chunk(count), y.chunk(count))])
     point = x.detach().requires_grad_()
     value = loss(model(point), y)
+    check_not_nan(value.detach())  # the sign of a NaN gradient is 0, so nothing would tell of it later
     return torch.autograd.grad(value, point, torch.ones_like(value))[0]
 
 
