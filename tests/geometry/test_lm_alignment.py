@@ -252,7 +252,7 @@ def test_without_opencv_the_notes_say_so(scene, pairs, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     fit = align_pointmaps(pairs, clean_every=None, steps=5)
     assert any("OpenCV is not installed" in note for note in fit.notes)
-    assert pose_errors(cameras_of(fit), scene.train).rotation_degrees.max() < 1.0
+    assert pose_errors(cameras_of(fit), scene.train).rotation_degrees.max() < 2.0  # five steps from starts without PnP
     with pytest.raises(InvalidInput, match="Photo 4 is never the first of a pair"):
         align_pointmaps([p for p in pairs if p.i < p.j], steps=5)
 

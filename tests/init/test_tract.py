@@ -274,6 +274,7 @@ def _average(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has touched CUDA cannot be forked")
 def test_synchronised_ranks_equal_one_process(tmp_path: Path) -> None:
     start_processes(_average, (str(tmp_path),), nprocs=2, start_method="fork")
 

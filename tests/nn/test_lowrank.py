@@ -390,3 +390,10 @@ def test_randomized_svd_keeps_its_digits_whatever_the_decay(power: float) -> Non
     assert (right @ right.T - eye).abs().max() < 2e-5
     best = (w - (left64 * s64) @ right64).norm()
     assert (w - (left * s).double() @ right.double()).norm() < best * 1.02
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fingerprint_is_the_same_on_cuda() -> None:
+    layer = nn.Linear(1500, 700)
+    here = fingerprint(layer)
+    assert fingerprint(layer.cuda()) == here

@@ -16,6 +16,7 @@ from surefoot.errors import InvalidInput, Refused
 from surefoot.models import mlp, seeded_build
 from surefoot.noisy_labels.elr import ELR, ELRLoss, ELRPlusLoss, memorization_curve, sigmoid_rampup, suspected
 from surefoot.noisy_labels.elr_plus import train_elr_plus, update_ema
+from surefoot.noisy_labels.ldr import ALDRKLLoss
 from surefoot.noisy_labels.losses import RobustLoss
 from surefoot.training.loop import fit
 
@@ -416,3 +417,35 @@ def test_ranks_that_share_visits_agree_with_one_process(tmp_path):
     command = [sys.executable, "-c", RANKS]
     runs = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in range(2)]
     assert [run.wait(60) for run in runs] == [0, 0]
+
+
+# --- without looking at values ---------------------------------------------------------------------------------------------
+
+
+def test_unvalidated_values_give_the_same_loss_and_are_not_looked_at():
+    logits, target, index = random_batch()
+    index[3] = index[7]
+    losses = [ELRLoss(16, 5, state_dtype=DOUBLE, validate=validate) for validate in (True, False)]
+    first, second = (loss(logits, target, index) for loss in losses)
+    assert torch.equal(first, second)
+    assert torch.equal(losses[0].targets, losses[1].targets)
+    logits[0, 0] = torch.nan
+    assert bool(losses[1](logits, target, index).isnan())
+    with pytest.raises(InvalidInput, match="row 0"):
+        losses[0](logits, target, index)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_unvalidated_losses_never_wait_for_the_device():
+    logits, target, index = (t.cuda() for t in random_batch())
+    index[3] = index[7]
+    elr = ELRLoss(16, 5, state_dtype=DOUBLE, validate=False).cuda()
+    ldr = ALDRKLLoss(16, 5, normalize="l1", validate=False).cuda().double()
+    logits.requires_grad_()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (elr(logits, target, index) + ldr(logits, target, index)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert logits.grad is not None and bool(torch.isfinite(logits.grad).all())

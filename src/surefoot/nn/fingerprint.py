@@ -15,14 +15,17 @@ def fingerprint(layer: nn.Module) -> str:
     """A hash of a layer's weight: dtype, shape and every byte.
 
     SHA-256 of the words sum_j c_j w_ij mod 2^64 over rows of 1024 words, c_j odd and fixed: a row with one word changed never keeps
-    its sum, another row does with probability 2^-64 or so. It tells bases apart; it is no proof against a forger.
+    its sum, another row does with probability 2^-64 or so. It tells bases apart; it is no proof against a forger. The sums are
+    taken where the weight is; only they come to the CPU.
     """
-    weight: Tensor = layer.weight.detach().cpu().contiguous()  # type: ignore[operator,assignment]
+    weight: Tensor = layer.weight.detach().contiguous()  # type: ignore[operator,assignment]
     octets = weight.reshape(-1).view(torch.uint8)
     words = F.pad(octets, (0, -octets.numel() % 8192)) if octets.numel() % 8192 else octets
     digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
-    for rows in words.view(torch.int64).view(-1, 1024).split(64):  # half a megabyte each: it stays in the cache
-        digest.update((rows * _odd_words()).sum(1).numpy().data)
+    odd = _odd_words().to(weight.device)
+    at_once = 64 if weight.device.type == "cpu" else 8192  # half a megabyte stays in a CPU's cache
+    for rows in words.view(torch.int64).view(-1, 1024).split(at_once):
+        digest.update((rows * odd).sum(1).cpu().numpy().data)
     return digest.hexdigest()[:32]
 
 

@@ -23,6 +23,7 @@ from surefoot.nn.attacks.run import (
     attacking,
     check_attack,
     check_gradient,
+    check_not_nan,
     default_generator,
     input_gradient,
     loss_and_gradient,
@@ -128,10 +129,13 @@ def pgd_train(
         ball = Ball.around(x, eps, norm, bounds)
         point = ball.sample(generator) if random_start else x
         _, _, gradient = loss_and_gradient(model, point, y, function, first=True, piece=piece)
-        for step in range(steps):
-            if step > 0:
-                gradient = input_gradient(model, point, y, function, piece=piece)
+        point, totals = ball.project(torch.add(point, ball.direction(gradient), alpha=size)), []
+        for _ in range(steps - 1):
+            gradient, total = input_gradient(model, point, y, function, piece=piece)
             point = ball.project(torch.add(point, ball.direction(gradient), alpha=size))
+            totals.append(total)
+        if totals:
+            check_not_nan(torch.stack(totals))
     return point
 
 

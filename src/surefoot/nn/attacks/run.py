@@ -205,14 +205,17 @@ def input_gradient(
     loss: Loss,
     *,
     piece: int | None = None,
-) -> Tensor:  # [B, ...]
-    """The gradient of `loss_and_gradient` alone: for the later steps of a training loop's attack."""
+) -> tuple[Tensor, Tensor]:  # [B, ...], scalar
+    """The gradient of `loss_and_gradient` alone, and the sum of the losses: for the later steps of a training loop's attack.
+
+    Nothing waits for the device. The caller gives the sums to `check_not_nan` in the end: the sign of a NaN gradient is 0, so nothing else tells.
+    """
     if piece is not None and (count := round(len(x) / piece)) > 1:
-        return torch.cat([input_gradient(model, a, b, loss) for a, b in zip(x.chunk(count), y.chunk(count))])
+        parts = [input_gradient(model, a, b, loss) for a, b in zip(x.chunk(count), y.chunk(count))]
+        return torch.cat([gradient for gradient, _ in parts]), torch.stack([total for _, total in parts]).sum()
     point = x.detach().requires_grad_()
-    value = loss(model(point), y)
-    check_not_nan(value.detach())  # the sign of a NaN gradient is 0, so nothing would tell of it later
-    return torch.autograd.grad(value, point, torch.ones_like(value))[0]
+    total = loss(model(point), y).sum()
+    return torch.autograd.grad(total, point)[0], total.detach()
 
 
 def check_not_nan(found: Tensor) -> None:

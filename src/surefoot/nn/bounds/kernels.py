@@ -19,7 +19,7 @@ def keep_freed_memory() -> None:
     hands them back to the system at once, and the next step takes them page by page again: a fifth of a step's time on a CPU.
 
     The library sets its limits by the largest block it has seen freed, so one untouched block is enough (microseconds; no memory
-    is used). Elsewhere than on glibc nothing happens.
+    is used). It then holds for the whole process, as it would after any tensor of that size. Elsewhere than on glibc nothing happens.
     """
     torch.empty(LARGE, dtype=torch.uint8, device="cpu")
 
