@@ -1,6 +1,7 @@
 """`make bench`: every benchmark beside its peers in one run, ratio first (ours / peer: below 1 is faster than the peer).
 
-python benchmarks/run.py [name ...]    only the named ones, say: attacks smoothing
+python benchmarks/run.py [name ...]          only the named ones, say: attacks smoothing
+python benchmarks/run.py --keep MACHINE      put the rows into results/MACHINE.json, too, which the site's page on speed shows
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from surefoot.core.environment import environment
 
 HERE = Path(__file__).parent
 
@@ -47,8 +50,23 @@ def show(row: dict) -> str:
     return f"{first}  {row['what']}: {times}; {memory(row.get('ours_mb'))} | {memory(row.get('peer_mb'))}. {extra}"
 
 
+def keep(machine: str, results: dict[str, list[dict]]) -> None:
+    """The rows with where they were taken, over earlier ones of the same benches."""
+    path = HERE / "results" / f"{machine}.json"
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text())["results"] if path.exists() else {}
+    here = environment()
+    stamp = {key: here[key] for key in ("python", "packages", "system", "cpus", "gpu", "date")}
+    rows = {name: [row | {"revision": here["revision"]} for row in found] for name, found in results.items()}
+    path.write_text(json.dumps({"environment": stamp, "results": known | rows}, indent=1, default=str) + "\n")
+
+
 def main() -> None:
     wanted = sys.argv[1:]
+    machine = None
+    if "--keep" in wanted:
+        at = wanted.index("--keep")
+        machine, wanted = wanted[at + 1], wanted[:at] + wanted[at + 2 :]
     sys.path.insert(0, str(HERE))
     results: dict[str, list[dict]] = {}
     print(f"ratio  ours / peer, median of 5, {platform.machine()}, Python {platform.python_version()}\n")
@@ -63,6 +81,8 @@ def main() -> None:
         results["cli"] = cli_rows()
         print("cli\n" + "\n".join(f"  {show(row)}" for row in results["cli"]))
     (HERE / "latest.json").write_text(json.dumps(results, indent=1, default=str))
+    if machine is not None:
+        keep(machine, results)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Write the generated pages of the site: one page a method, an index, and the evidence overview."""
+"""Write the generated pages of the site: one page a method, an index, what the benchmarks gave, and the evidence overview."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import inspect
+import json
 from pathlib import Path
 
 from surefoot import catalog
@@ -101,6 +102,42 @@ def index() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """Every kept benchmark run: our time over the peer's, below 1 is faster."""
+    lines = [
+        "# Speed",
+        "",
+        "Our time over the peer's in the same run; below 1 is faster. `make bench` takes the numbers anew where you are.",
+        "",
+    ]
+    for path in sorted((DOCS.parent / "benchmarks" / "results").glob("*.json")):
+        kept = json.loads(path.read_text())
+        where = ", ".join(f"{k} {v}" for k, v in kept["environment"].items() if v and not isinstance(v, dict))
+        lines += [f"## {path.stem}", "", where, ""]
+        for name, rows in kept["results"].items():
+            lines += [
+                f"### {name}",
+                "",
+                "| ratio | what | ours | peer | memory | note |",
+                "| ---: | --- | ---: | --- | ---: | --- |",
+            ]
+            lines += [speed_row(row) for row in rows]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def speed_row(row: dict) -> str:
+    def milliseconds(value: float | None) -> str:
+        return "–" if value is None else f"{1e3 * value:.3g} ms"
+
+    ours, peer = row.get("ours_s"), row.get("peer_s")
+    ratio = f"{ours / peer:.2f}" if ours is not None and peer else "–"
+    memory = " / ".join("–" if row.get(k) is None else f"{row[k]:.0f}" for k in ("ours_mb", "peer_mb"))
+    note = (row.get("note") or row.get("quality") or "").replace("|", "/")
+    what = row["what"].replace("|", "/")
+    return f"| {ratio} | {what} | {milliseconds(ours)} | {milliseconds(peer)} {row.get('peer', '')} | {memory} MB | {note} |"
+
+
 def build() -> None:
     folder = DOCS / "methods"
     for method in catalog.methods():
@@ -108,6 +145,7 @@ def build() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page(method), encoding="utf-8")
     (folder / "index.md").write_text(index(), encoding="utf-8")
+    (DOCS / "speed.md").write_text(speed(), encoding="utf-8")
     write_evidence_page(DOCS / "evidence.html")
 
 
