@@ -107,7 +107,9 @@ def _pca(generator_net: Map, d: int, k: int, codes: Tensor | None, layer: int | 
     values, basis = torch.linalg.eigh(centred.T @ centred / (len(z) - 1))
     values, basis = values.flip(0)[:k], basis.flip(1)[:, :k]
     components = centred @ basis / values.clamp(min=1e-12).sqrt()
-    return torch.linalg.lstsq(components, moved).solution, values
+    return components.T @ moved / (
+        len(z) - 1
+    ), values  # least squares on whitened components: their Gram matrix is (M - 1) I
 
 
 @dataclass(frozen=True)
