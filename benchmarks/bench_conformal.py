@@ -60,8 +60,8 @@ def lac_torchcp() -> Tensor:
     stand_in("torchsort", soft_rank=unused, soft_sort=unused)
     stand_in("torchcp.graph")  # needs torch_geometric
     stand_in("torchcp.llm")
-    from torchcp.classification.predictor import SplitPredictor
-    from torchcp.classification.score import LAC
+    from torchcp.classification.predictor import SplitPredictor  # pyright: ignore[reportMissingImports]
+    from torchcp.classification.score import LAC  # pyright: ignore[reportMissingImports]
 
     logits, y = data()
     predictor = SplitPredictor(LAC(score_type="softmax"), alpha=ALPHA, device=torch.device("cpu"))
@@ -70,7 +70,7 @@ def lac_torchcp() -> Tensor:
 
 
 def lac_mapie() -> Tensor:
-    from mapie.classification import SplitConformalClassifier
+    from mapie.classification import SplitConformalClassifier  # pyright: ignore[reportMissingImports]
     from sklearn.base import BaseEstimator, ClassifierMixin
 
     class Given(ClassifierMixin, BaseEstimator):

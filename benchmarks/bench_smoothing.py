@@ -77,7 +77,7 @@ def plain_loop(model: nn.Module, x: Tensor, n: int, batch: int = 1000) -> Answer
 
 
 def art(model: nn.Module, x: Tensor, n: int) -> Answer:
-    from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+    from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing  # pyright: ignore[reportMissingImports]
 
     smoothed = PyTorchRandomizedSmoothing(
         model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), CLASSES,

@@ -88,7 +88,7 @@ def mean_interval(samples: Any, level: float = 0.95, *, bounds: tuple[float, flo
         return _t_interval(values, level)
     low, high = bounds
     check(low < high, f"bounds must be (low, high) with low < high, got {bounds!r}.")
-    check(low <= values.min() and values.max() <= high, f"samples must lie within bounds {bounds!r}.")
+    check(bool(low <= values.min() and values.max() <= high), f"samples must lie within bounds {bounds!r}.")
     unit = (values - low) / (high - low)
     mean = float(unit.mean())
     spread = float(unit.var(ddof=1)) if len(unit) > 1 else 0.0
@@ -120,7 +120,7 @@ def paired_difference(
     if not binary and bounds is None:
         return Result(float(difference.mean()), *_t_interval(difference, level), p)
     low, high = (0.0, 1.0) if bounds is None else bounds
-    check(low <= both.min() and both.max() <= high, f"before and after must lie within bounds {bounds!r}.")
+    check(bool(low <= both.min() and both.max() <= high), f"before and after must lie within bounds {bounds!r}.")
     reach, n = high - low, len(difference) + 2
     centre = float(difference.sum()) / n
     half = special.ndtri(0.5 + level / 2) * math.sqrt(
