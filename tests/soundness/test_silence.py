@@ -17,8 +17,16 @@ sys.exit(0 if "highspy" in sys.modules else 3)
 
 
 INTEGERS = """
-import numpy, scipy.optimize
-scipy.optimize.milp(numpy.ones(3), integrality=numpy.ones(3), bounds=scipy.optimize.Bounds(0.5, 3))
+import numpy as np
+from surefoot.quantization.layerwise_calibration import SensitivityTable, allocate_bits
+bits = (2, 3, 4, 5, 6, 8)
+for seed in range(3):
+    rng = np.random.default_rng(seed)
+    params = rng.integers(1000, 2_000_000, 200)
+    scale = rng.lognormal(-3, 1.5, (200, 1)) * rng.lognormal(0, 0.3, (200, len(bits)))
+    loss = np.maximum(scale * np.array([4.0 ** -(b - 2) for b in bits]), 1e-6)
+    table = SensitivityTable(tuple(f"layer{i}" for i in range(200)), tuple((b, b) for b in bits), loss, params)
+    allocate_bits(table, 0.13)
 """
 
 

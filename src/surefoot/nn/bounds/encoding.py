@@ -8,7 +8,6 @@ propagation knows (convolutions, joins, batch-norm, pooling by averages) can be 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from surefoot.nn.bounds.graph import Bounds
 from surefoot.nn.bounds.linear import chunks, pull_back
 from surefoot.nn.bounds.operators import Rectifier
+from surefoot.nn.highs import silent_highs
 
 FEASIBILITY = 1e-9  # of HiGHS, for rows and for integrality; a margin must exceed 1e-6 to count
 
@@ -137,19 +137,6 @@ def _stack(blocks: list[Any], columns: int) -> tuple[Any, np.ndarray, np.ndarray
     return matrix, np.concatenate(lower), np.concatenate(upper)
 
 
-@cache
-def _silent() -> Any:
-    """The HiGHS class without its banner, which `highspy.Highs()` prints when it turns callbacks on, before any option can be set."""
-    import highspy
-
-    class Silent(highspy.Highs):
-        def enableCallbacks(self) -> None:
-            self.setOptionValue("output_flag", False)
-            super().enableCallbacks()
-
-    return Silent
-
-
 def _flat(values: Tensor) -> np.ndarray:
     return values[0].detach().flatten().cpu().numpy()
 
@@ -164,7 +151,7 @@ class LinearProgram:
         import highspy
 
         integer = integer and self.encoding.binaries > 0
-        solver = _silent()()
+        solver = silent_highs()()
         options: dict[str, Any] = {"output_flag": False, "parallel": "off", "random_seed": 0, "time_limit": time_limit}
         options |= {"primal_feasibility_tolerance": FEASIBILITY, "mip_feasibility_tolerance": FEASIBILITY}
         if integer:

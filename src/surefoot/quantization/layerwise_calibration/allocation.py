@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from surefoot.core.subject import predict
 from surefoot.errors import InvalidInput, check, check_choice
+from surefoot.nn.highs import binary_programme
 from surefoot.quantization.layerwise_calibration.adaquant import calibration_inputs
 from surefoot.quantization.layerwise_calibration.folding import (
     Bits,
@@ -299,7 +300,6 @@ def _solve(
     other_than: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """One 0-1 programme over the kept options by HiGHS with no gap; None where nothing is feasible."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix, vstack
 
     layer, option = np.nonzero(keep)
@@ -318,17 +318,12 @@ def _solve(
         high.append(np.array([len(keep) - 1.0]))
     values = objective[layer, option].astype(np.float64)
     unit = max(np.abs(values).max(), 1e-300)
-    result = milp(
-        values / unit * 1e3,
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(vstack(rows, format="csr"), np.concatenate(low), np.concatenate(high)),  # type: ignore[arg-type]
-        options={"mip_rel_gap": 0.0},
+    chosen = binary_programme(
+        values / unit * 1e3, vstack(rows, format="csr"), np.concatenate(low), np.concatenate(high)
     )
-    if result.x is None:
+    if chosen is None:
         return None
     picked = np.zeros(len(keep), dtype=np.int64)
-    chosen = result.x > 0.5
     picked[layer[chosen]] = option[chosen]
     tightened = [(weights, limit - 2 * max(0.0, float(weights[np.arange(len(keep)), picked].sum()) - limit)) for weights, limit in limits]  # fmt: skip
     if any(new < old for (_, new), (_, old) in zip(tightened, limits)):  # within the solver's tolerance, not ours
