@@ -1,4 +1,5 @@
-"""Print the table "How many photos" of the reconstruction guide: random handfuls of the fox's photos, registered without poses or intrinsics.
+"""Print the tables of "How many photos" in the reconstruction guide: random handfuls of the fox's photos, and the dino ring spread evenly, registered
+without poses or intrinsics.
 
     SUREFOOT_DATA=... python docs/few_photos.py
 
@@ -17,7 +18,7 @@ from surefoot.datasets.standard import data_folder
 from surefoot.errors import InvalidInput
 from surefoot.geometry.lm_gaussian.colmap import ColmapPrior
 from surefoot.nn.geometry.rotations import rotation_angle
-from surefoot.trials.geometry.lm_photos import PhotoScene, fox
+from surefoot.trials.geometry.lm_photos import COUNTS, PhotoScene, dino_ring, fox
 
 DRAWS, RIGHT = 10, 5.0  # handfuls of each size, degrees
 
@@ -32,6 +33,11 @@ def main() -> None:
         cells = [n, placed.count(n), sum(0 < p < n for p in placed), placed.count(0)]
         cells += [told.count(kind) for kind in ((True, True), (True, False), (False, False), (False, True))]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
+    ring = dino_ring(data_folder(None))
+    rows += ["", "| photos of the ring | placed | largest error, degrees | trusted |", "|---" * 4 + "|"]
+    for n in COUNTS:
+        placed, error, trusted = handful(ring, np.arange(n) * len(ring.images) // n)
+        rows.append(f"| {n} | {placed} | {f'{error:.1f}' if placed else '–'} | {'yes' if trusted else 'no'} |")
     sys.stdout.write("\n".join(rows) + "\n")
 
 
