@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _timing import Row, row
+from bench_tract import cifar_resnet18, imagenet_resnet18
 from surefoot.models import seeded_build, small_cnn, small_resnet
 
 DEVICE = torch.device("cuda", 0)
@@ -144,65 +145,27 @@ def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     return step
 
 
-def resnet18(stem: nn.Module, classes: int = 10) -> nn.Sequential:
-    """The network of He et al. (2015) behind the given stem of 64 channels."""
-
-    class Block(nn.Module):
-        def __init__(self, into: int, out: int, stride: int) -> None:
-            super().__init__()
-            self.body = nn.Sequential(
-                nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-            )  # fmt: skip
-            same = into == out and stride == 1
-            self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))  # fmt: skip
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.relu(self.body(x) + self.skip(x))
-
-    widths = [
-        (64, 64, 1),
-        (64, 64, 1),
-        (64, 128, 2),
-        (128, 128, 1),
-        (128, 256, 2),
-        (256, 256, 1),
-        (256, 512, 2),
-        (512, 512, 1),
-    ]
-    return nn.Sequential(
-        stem, *(Block(*w) for w in widths), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)
-    )
-
-
-def small_stem() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-
-
-def large_stem() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-
-
 def tract_rows() -> list[Row]:
     from surefoot.init.tract import apply_tract
 
     found = []
-    cases: tuple[tuple[str, Callable[[], nn.Module], str, tuple[int, ...]], ...] = (
-        ("ResNet-18, 3x3 stem, 128 x 3 x 32 x 32", lambda: resnet18(small_stem()), "0.0", (128, 3, 32, 32)),
-        ("ResNet-18, 7x7 stem, 128 x 3 x 224 x 224", lambda: resnet18(large_stem(), 1000), "0.0", (128, 3, 224, 224)),
+    cases: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...]], ...] = (
+        ("ResNet-18, 3x3 stem, 128 x 3 x 32 x 32", cifar_resnet18, (128, 3, 32, 32)),
+        ("ResNet-18, 7x7 stem, 128 x 3 x 224 x 224", imagenet_resnet18, (128, 3, 224, 224)),
     )
-    for what, build, layer, shape in cases:
+    for what, build, shape in cases:
         g = torch.Generator().manual_seed(0)
         plain = seeded_build(build, g).to(DEVICE)
         x, y = torch.randn(shape, generator=g).to(DEVICE), torch.randint(10, shape[:1], generator=g).to(DEVICE)
-        ours = apply_tract(plain, layer=layer)
-        steps = [stepper(m, lambda m=m: F.cross_entropy(m(x), y)) for m in (ours, plain)]  # noqa: B023
+        ours = apply_tract(plain, layer="0")
+        steps = [stepper(m, lambda m=m, x=x, y=y: F.cross_entropy(m(x), y)) for m in (ours, plain)]
         taken, memory = in_turn(*steps), [peak_mb(s) for s in steps]
         found.append(row(f"TrAct, a step of {what}", taken[0], "plain SGD", taken[1], "", ours_mb=memory[0], peer_mb=memory[1]))  # fmt: skip
     return found
 
 
 def certified_rows() -> list[Row]:
-    """A step on interval bounds of CNN-7, width 64 as published, beside a clean step and auto-lirpa where it runs."""
+    """A step on interval bounds of CNN-7, width 64 as published, beside a clean step."""
     from surefoot.certified.fast_ibp import cnn7
     from surefoot.nn.bounds import Program, interval_margins, propagate, region_around, robust_cross_entropy
 
@@ -229,7 +192,7 @@ def loss_rows() -> list[Row]:
     from surefoot.noisy_labels.ldr import ALDRKLLoss
 
     g = torch.Generator().manual_seed(0)
-    model = seeded_build(lambda: resnet18(small_stem()), g).to(DEVICE)
+    model = seeded_build(cifar_resnet18, g).to(DEVICE)
     x, y = torch.randn(128, 3, 32, 32, generator=g).to(DEVICE), torch.randint(10, (128,), generator=g).to(DEVICE)
     index = torch.arange(128, device=DEVICE)
     losses: dict[str, Any] = {
@@ -259,7 +222,10 @@ def attack_rows() -> list[Row]:
     model = seeded_build(lambda: small_resnet((3, 32, 32), 10), g).to(DEVICE).eval()
     x, y = torch.rand(256, 3, 32, 32, generator=g).to(DEVICE), torch.randint(10, (256,), generator=g).to(DEVICE)
     eps, found = 8 / 255, []
-    fresh = lambda: torch.Generator(DEVICE).manual_seed(0)  # noqa: E731
+
+    def fresh() -> torch.Generator:
+        return torch.Generator(DEVICE).manual_seed(0)
+
     cases = {
         "PGD-20": (lambda: pgd_train(model, x, y, eps=eps, steps=20, generator=fresh()), torchattacks.PGD(model, eps=eps, alpha=2.5 * eps / 20, steps=20)),
         "APGD-CE 25": (lambda: apgd(model, x, y, eps=eps, steps=25, generator=fresh()).x, torchattacks.APGD(model, eps=eps, steps=25)),
@@ -281,7 +247,7 @@ def smoothing_rows() -> list[Row]:
     found, sigma, n, chunk = [], 0.25, 10_000, 1000
     cases: tuple[tuple[str, Callable[[], nn.Module], int], ...] = (
         ("small CNN 3x32x32", lambda: small_cnn((3, 32, 32), 10), 8),
-        ("ResNet-18 3x32x32", lambda: resnet18(small_stem()), 2),
+        ("ResNet-18 3x32x32", cifar_resnet18, 2),
     )
     for what, build, images in cases:
         model = seeded_build(build, g).to(DEVICE).eval()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_positive
-from surefoot.geometry.lm_gaussian.fitting import OnFit, fit_steps
+from surefoot.geometry.lm_gaussian.fitting import OnFit, check_repair_pairs, fit_steps
 from surefoot.geometry.lm_gaussian.local_models import check_folder, diffusers_library, load_part
 from surefoot.geometry.lm_gaussian.stages import Checkpoint
 from surefoot.nn.diffusion import guided
@@ -223,7 +223,7 @@ class DiffusersControlNetRepair:
     ) -> None:
         """Fit LoRA to the pairs, from the base each time. `checkpoint`: take up the fit that it holds, and keep this one there (factors and moments,
         three times the LoRA in float32). Raises `InvalidInput` for pairs that do not match and a loss that diverges."""
-        check(degraded.shape == clean.shape and degraded.dim() == 4 and degraded.shape[-1] == 3 and len(clean) > 0, f"degraded and clean must both be [P, H, W, 3], got {tuple(degraded.shape)} and {tuple(clean.shape)}.")  # fmt: skip
+        check_repair_pairs(degraded, clean)
         pairs = tuple(self._enlarged(t.to(self.parts.device)) for t in (degraded, clean))
         net = self.parts.adapted(self.rank, self.alpha, generator)
         trained = {f"{part}.{name}": p for part, network in net._asdict().items() for name, p in network.named_parameters() if p.requires_grad}  # fmt: skip

@@ -16,6 +16,12 @@ from surefoot.geometry.lm_gaussian.stages import Checkpoint
 OnFit = Callable[[int, int, float], None]  # step, steps, loss
 
 
+def check_repair_pairs(degraded: Tensor, clean: Tensor) -> None:
+    """Renderings and their photos, [P, H, W, 3] both."""
+    fits = degraded.shape == clean.shape and degraded.dim() == 4 and degraded.shape[-1] == 3 and len(clean) > 0
+    check(fits, f"degraded and clean must both be [P, H, W, 3], got {tuple(degraded.shape)} and {tuple(clean.shape)}.")
+
+
 def fit_steps(
     loss_at: Callable[[int], Tensor],  # step -> loss []; draws from the generator
     parameters: Mapping[str, Tensor],  # all that the fit changes, by name

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, check, check_at_least
-from surefoot.geometry.lm_gaussian.fitting import OnFit, fit_steps
+from surefoot.geometry.lm_gaussian.fitting import OnFit, check_repair_pairs, fit_steps
 from surefoot.geometry.lm_gaussian.stages import Checkpoint
 from surefoot.nn.diffusion import cosine_alphas_bar, noised
 
@@ -102,7 +102,7 @@ class PatchDenoiserRepair:
         `checkpoint`: take up the fit that it holds, and keep this one there; the end is the same to the bit. `on_step(step, steps, loss)` may raise to
         interrupt: then the prior is what it was. Raises `InvalidInput` for pairs that do not match, pictures below 8 pixels, and a loss that diverges.
         """
-        check(degraded.shape == clean.shape and degraded.dim() == 4, f"degraded and clean must both be [P, H, W, 3], got {tuple(degraded.shape)} and {tuple(clean.shape)}.")  # fmt: skip
+        check_repair_pairs(degraded, clean)
         check_at_least("image side", min(clean.shape[1:3]), 8)
         with torch.random.fork_rng([]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
