@@ -308,6 +308,40 @@ def test_pca_finds_the_axes_of_a_linear_generator():
     assert torch.allclose(found.scale, torch.ones(3, dtype=torch.float64), atol=0.03)
 
 
+def plain_components(features: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The construction as it is written down, in float64: SVD of centred features, least squares of z on unit scores."""
+    centred, moved = features.double() - features.double().mean(0), z.double() - z.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    scores = u[:, :k] * (len(z) - 1) ** 0.5
+    return torch.linalg.lstsq(scores, moved).solution, s[:k].square() / (len(z) - 1)
+
+
+@pytest.mark.parametrize(("samples", "dtype"), [(2000, torch.float32), (2000, torch.float64), (40, torch.float32), (40, torch.float64)])  # fmt: skip
+def test_pca_is_its_definition_in_both_precisions_and_with_fewer_rows_than_features(samples, dtype):
+    net = seeded_build(lambda: image_decoder(6, (1, 8, 8), width=16, hidden=64), seed("wide")).to(dtype)
+    assert isinstance(net, nn.Sequential)
+    z = rand(samples, 6, dtype=torch.float64).to(dtype) * torch.arange(1, 7).to(dtype)
+    found = attribute_directions(net, method="pca", k=4, layer=2, codes=z)
+    with torch.no_grad():
+        features = net[:2](z)
+    assert features.shape[1] == 64
+    steps, values = plain_components(features, z, 4)
+    near = 1e-5 if dtype == torch.float32 else 1e-10
+    assert torch.allclose(found.scale.double(), steps.norm(dim=1), rtol=near)
+    assert torch.allclose(found.values.double(), values, rtol=near)
+    assert bool(((found.vectors.double() * steps).sum(1).abs() / steps.norm(dim=1) > 1 - near).all())
+
+
+def test_pca_refuses_more_directions_than_move_the_features():
+    """Without it the third would be what rounding leaves, called a direction."""
+    net = Linear2d(rand(16, 3) * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), (1, 4, 4))
+    net.append(nn.Identity())
+    assert len(attribute_directions(net, method="pca", k=2, layer=1, generator=seed("pca"))) == 2
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(InvalidInput, match="Fewer than k = 3"):
+            attribute_directions(net.to(dtype), method="pca", k=3, layer=1, generator=seed("pca"))
+
+
 class Procedural(nn.Module):
     """A generator with known factors: z = (square to cross, brightness, tilt)."""
 

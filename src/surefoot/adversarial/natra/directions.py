@@ -13,6 +13,7 @@ the image moves. The two constructions are those of SeFa (Shen & Zhou, 2021, arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from surefoot.adversarial.natra.transform import NaturalTransformation
 
 Method = Literal["closed_form", "pca"]
+NOTHING = 1e-10  # of the largest variance: below lies rounding
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,31 @@ def _pca(generator_net: Map, d: int, k: int, codes: Tensor | None, layer: int | 
     head = split_generator(generator_net, layer)[0]
     with frozen(generator_net), torch.no_grad():
         features = torch.cat([head(part).flatten(1) for part in z.split(1000)])
-    z, features = z.double(), features.double()
-    centred, moved = features - features.mean(0), z - z.mean(0)
-    values, basis = torch.linalg.eigh(centred.T @ centred / (len(z) - 1))
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    centred, moved = features.sub_(features.mean(0)), (z.double() - z.double().mean(0)) / math.sqrt(len(z) - 1)
+    leading = centred @ _leading(centred, min(2 * k, *centred.shape))  # [M, q]: all that is left to do is small
+    leading = leading.double() / math.sqrt(len(z) - 1)
+    values, basis = torch.linalg.eigh(leading.T @ leading)
     values, basis = values.flip(0)[:k], basis.flip(1)[:, :k]
-    components = centred @ basis / values.clamp(min=1e-12).sqrt()
-    return components.T @ moved / (
-        len(z) - 1
-    ), values  # least squares on whitened components: their Gram matrix is (M - 1) I
+    # least squares on whitened components, whose Gram matrix is I; one that does not vary moves nothing
+    steps = basis.T @ (leading.T @ moved) / values.clamp(min=1e-300).sqrt().unsqueeze(1)
+    return torch.where((values > NOTHING * values[:1]).unsqueeze(1), steps, 0.0), values
+
+
+def _leading(centred: Tensor, count: int) -> Tensor:  # [F, count], orthonormal
+    """The principal axes of rows `[M, F]`, from the covariance of the shorter side in the rows' own precision.
+
+    The caller solves for the components within their span in float64, so that rounding here counts by its square.
+    """
+    rows, columns = centred.shape
+    if rows < columns:
+        thin = torch.linalg.eigh(centred @ centred.T)[1][:, -count:]
+        return torch.linalg.qr(centred.T @ thin)[0]
+    gram, width = centred.new_empty(columns, columns), -(-columns // 4)
+    for first in range(0, columns, width):  # it is symmetric: of sixteen blocks six need not be computed
+        part = slice(first, first + width)
+        torch.mm(centred[:, part].T, centred[:, first:], out=gram[part, first:])
+    return torch.linalg.eigh(gram, UPLO="U")[1][:, -count:]
 
 
 @dataclass(frozen=True)
