@@ -241,3 +241,104 @@ def test_instrument(factory):
     finding = T.IBPTightness().measure(subject, task)
     assert 0 < finding.value < 1 and finding.n == 32 and len(finding.pictures) == 1
     check_instrument(T.IBPTightness(), subject, task)
+
+
+# --- what a plausible wrong number would look like --------------------------------------------------------------------
+
+
+def biased(model: nn.Sequential, shift: float) -> nn.Sequential:
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                layer.bias.fill_(shift)
+                break
+    return model
+
+
+def test_a_neuron_at_exactly_zero_is_active():
+    both = linear(torch.ones(2, 1), torch.tensor([[1.0, -1.0]]), relu=True)
+    report = tau(both, torch.zeros(1, 1).double())
+    assert (report.dead, report.mean) == (0, 0.0)  # active: two paths that cancel, and not: no path at all
+
+
+def test_a_leaky_gate_is_its_slope():
+    model = nn.Sequential(linear(torch.ones(2, 1)), nn.LeakyReLU(0.25), linear(torch.tensor([[1.0, 3.0]])))
+    report = tau(model, torch.full((1, 1), -2.0).double())
+    assert report.optimal_radius.item() == pytest.approx(0.25 * 4 * 0.1)
+    assert report.ibp_radius.item() == pytest.approx(0.25 * 4 * 0.1)
+
+
+def test_the_centre_of_a_clipped_box_has_a_pattern_of_its_own():
+    """At x = .02 and eps .1 the box in [0, 1] is centred on .06; a neuron that opens at .04 is shut at x."""
+    model, x = biased(linear(torch.ones(1, 1), torch.ones(1, 1), relu=True), -0.04), torch.full((1, 1), 0.02).double()
+    local = T.propagation_tightness(model, x, eps=0.1)
+    centre = T.propagation_tightness(model, x, eps=0.1, pattern="center")
+    assert (local.dead, centre.dead) == (1, 0)
+    assert centre.optimal_radius.item() == pytest.approx(0.06)
+
+
+def test_the_mean_is_of_ratios_over_rows_and_then_samples():
+    model, x = linear(*gaussian(5, 9, 7, 3, seed=2), relu=True), torch.randn(6, 5, generator=noise(0)).double()
+    report = tau(model, x, target=torch.tensor([0, 1, 2, 0, 1, 2]))
+    ratios = report.optimal_radius / report.ibp_radius
+    assert torch.allclose(report.per_sample, ratios.nanmean(1))
+    assert report.mean == pytest.approx(ratios.nanmean(1).nanmean().item())
+    assert report.mean != pytest.approx((report.optimal_radius.sum() / report.ibp_radius.sum()).item(), rel=1e-3)
+    for size in (1, 4):  # labels travel with their samples
+        parts = tau(model, x, target=torch.tensor([0, 1, 2, 0, 1, 2]), batch_size=size)
+        assert torch.allclose(parts.per_output, report.per_output, equal_nan=True)
+
+
+def test_layers_are_named_in_order_and_stand_for_evenly_spaced_neurons():
+    w1, w2 = torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.0, -1.0, 0.0]])
+    model = linear(w1, w2, torch.ones(1, 3), relu=True)
+    x = torch.ones(1, 1).double()
+    names = [name for name, _ in tau(model, x).per_layer_prefix]
+    assert names == ["_0", "_2", "_4"]
+    two = dict(tau(model, x, prefix_rows=2).per_layer_prefix)["_2"]  # the first and the last neuron: 1 and 0
+    assert two == pytest.approx(0.5)
+
+
+def test_invariance_up_to_a_tolerance():
+    w1, w2 = torch.tensor([[1.0], [-1e-3]]), torch.ones(1, 2)
+    assert not T.is_propagation_invariant(w1, w2)
+    assert T.is_propagation_invariant(w1, w2, tol=1e-2)
+
+
+def test_the_autoencoder_keeps_the_leading_directions():
+    x = torch.randn(60, 5, generator=noise(0)).double() * torch.tensor([4.0, 2.0, 1.0, 0.5, 0.1]).double()
+    report = T.linear_autoencoder_ibp(x, 2, 0.1)
+    left = torch.linalg.svdvals(x)[2:].square().sum().item() / x.numel()
+    assert report.reconstruction_error == pytest.approx(left)
+    with pytest.raises(InvalidInput, match="finite"):
+        T.linear_autoencoder_ibp(x * math.nan, 2, 0.1)
+
+
+def test_the_regulariser_counts_live_rows_only_and_has_a_floor():
+    w1 = torch.ones(2, 1)
+    x = torch.ones(3, 1).double()
+    exact_and_dead = linear(w1, torch.tensor([[1.0, 1.0], [0.0, 0.0]]), relu=True)
+    regulariser = T.TightnessRegularizer(0.1, data_range=None)
+    assert regulariser(exact_and_dead, x).item() == pytest.approx(0.0)
+    half_and_dead = linear(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]]), relu=True)
+    point = torch.tensor([[2.0, 1.0]]).double()  # both neurons on: tau = 1/2, and a row without a path beside it
+    value = regulariser(half_and_dead, point)
+    assert value.item() == pytest.approx(math.log(2.0))
+    value.backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in half_and_dead.parameters())
+    cancelled = linear(w1, torch.tensor([[1.0, -1.0]]), relu=True)
+    assert regulariser(cancelled, x).item() == pytest.approx(-math.log(1e-8))
+
+
+def test_the_instrument_measures_margins_of_labels_in_the_subjects_range():
+    task = digits(0, sizes=(100, 50, 60)).changed(budget="quick")
+    model = seeded_build(lambda: mlp((1, 8, 8), 10, hidden=(16,)), noise(0)).eval()
+    subject = Subject(model, "net", "image", (1, 8, 8), 10)
+    split = task.sample("ibp_tightness", 32)
+    expected = T.propagation_tightness(model, split.x, split.labels, eps=0.2)
+    assert (model(split.x).argmax(1) != split.labels).any()  # so that labels are not what an untrained net answers
+    finding = T.IBPTightness(eps=0.2).measure(subject, task)
+    assert finding.value == pytest.approx(expected.mean)
+    assert finding.value != pytest.approx(
+        T.propagation_tightness(model, split.x, split.labels, eps=0.2, data_range=None).mean, rel=1e-6
+    )

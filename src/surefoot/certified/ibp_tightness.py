@@ -194,6 +194,7 @@ def linear_autoencoder_ibp(
     """
     check(x.dim() == 2 and x.is_floating_point(), f"x must be floating point [N, D], got {x.dtype} {tuple(x.shape)}.")
     check(1 <= width <= min(x.shape), f"width must lie between 1 and {min(x.shape)}, got {width!r}.")
+    check(bool(torch.isfinite(x).all()), "x must be finite, got NaN or infinity.")
     check_positive("eps", eps)
     wide = x.double()
     basis = torch.linalg.svd(wide, full_matrices=False).Vh[:width].mT
