@@ -25,10 +25,11 @@ def as_map(feature: Tensor) -> Tensor:  # [B, C, H, W]
     return feature.flatten(1)[:, :, None, None]
 
 
-def joined(first: Tensor, second: Tensor) -> Tensor:
-    """Two maps on top of each other, the finer one averaged down to the coarser."""
+def matched(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps of one size, the finer one averaged down to the coarser; pooling a map to its own size would cost a third of the network."""
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    return torch.cat([F.adaptive_avg_pool2d(m, size) if m.shape[2:] != size else m for m in (first, second)], 1)
+    first, second = (F.adaptive_avg_pool2d(m, size) if m.shape[2:] != size else m for m in (first, second))
+    return first, second
 
 
 class PreActBlock(nn.Module):
@@ -43,9 +44,9 @@ class PreActBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(channels, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = torch.relu(self.norm1(x))
+        active = torch.relu_(self.norm1(x))
         rest = x if isinstance(self.skip, nn.Identity) else self.skip(active)
-        return rest + self.conv2(torch.relu(self.norm2(self.conv1(active))))
+        return rest + self.conv2(torch.relu_(self.norm2(self.conv1(active))))
 
 
 class MixingNetwork(nn.Module):
@@ -81,10 +82,10 @@ class MixingNetwork(nn.Module):
         self.linear = nn.Linear(channels, 1, bias=False)
 
     def forward(self, features_g: Sequence[Tensor], features_h: Sequence[Tensor]) -> Tensor:  # [B, 1]
-        first, second = (joined(as_map(g), as_map(h)) for g, h in zip(features_g, features_h, strict=True))
-        hidden, side = self.groups[0](first), self.join(second)
-        size = (min(hidden.shape[2], side.shape[2]), min(hidden.shape[3], side.shape[3]))
-        hidden = F.adaptive_avg_pool2d(hidden, size) + F.adaptive_avg_pool2d(side, size)
+        pairs = (matched(as_map(g), as_map(h)) for g, h in zip(features_g, features_h, strict=True))
+        first, second = (torch.cat(pair, 1) for pair in pairs)
+        hidden, side = matched(self.groups[0](first), self.join(second))
+        hidden = hidden + side
         for group in self.groups[1:]:
             hidden = group(hidden)
         return self.linear(hidden.mean((2, 3)))
