@@ -1,5 +1,6 @@
 """Robust conformal sets: exact numbers, soundness where the smoothed score is known, planted mistakes, RCT."""
 
+import copy
 import math
 from itertools import pairwise
 from typing import Any
@@ -550,5 +551,181 @@ LABELS = torch.zeros(20, dtype=torch.int64)
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(call, words):
+    with pytest.raises(InvalidInput, match=words):
+        call()
+
+
+# --- what a plausible slip would change -------------------------------------------------------------------------------
+
+
+class Moody(nn.Module):
+    """Answers at random in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.drop(x))
+
+
+def test_a_model_in_training_mode_is_measured_and_attacked_in_evaluation_mode():
+    net, x = Moody().train(), torch.rand(5, 6, generator=rng())
+    torch.testing.assert_close(
+        rc.noisy_probabilities(net, x, 1, sigma=0.0, generator=rng()),
+        net.eval()(x).detach().double().softmax(-1)[:, None],
+    )
+    y, net = torch.arange(5) % 3, net.train()
+    state = torch.get_rng_state()
+    hits = [rc.smooth_pgd(net, x, y, eps=0.3, sigma=0.0, steps=3, generator=rng()) for _ in range(2)]
+    assert torch.equal(*hits) and torch.equal(state, torch.get_rng_state()) and net.training
+
+
+def test_scores_of_a_sure_network_are_not_rounding():
+    """1 - p is 1e-9 here, which float32 softmax turns into 0."""
+    sure = nn.Linear(1, 2)
+    with torch.no_grad():
+        sure.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        sure.bias.zero_()
+    x = torch.full((1, 1), -math.log(1e-9))
+    probs = rc.noisy_probabilities(sure, x, 1, sigma=0.0, generator=rng())
+    assert rc.hps_score(probs)[0, 0, 0].item() == pytest.approx(1e-9, rel=1e-4)
+
+
+def test_the_attack_lowers_the_probability_of_the_right_label_of_every_example():
+    """Labels go with their own noisy copies: with mixed ones half of the examples would be pushed towards their label."""
+    x, y, model = blobs(40, 1, classes=2)
+    hit = rc.smooth_pgd(model, x, y, eps=0.4, sigma=0.3, steps=8, draws=6, generator=rng())
+    before, after = (model(v).softmax(-1).gather(1, y[:, None])[:, 0] for v in (x, hit))
+    assert (after < before).all()
+    assert torch.equal(rc.smooth_pgd(model, x, y, eps=0.0, sigma=0.3, steps=2, generator=rng()), x)
+
+
+def test_evaluating_under_attack_predicts_the_attacked_inputs():
+    x, y, model = blobs(200, 1)
+    given = rc.RobustConformalClassifier(model, sigma=0.0, eps=0.0, bound="none").calibrate(x, y, generator=rng())
+    other = given.evaluate([(x, y)], generator=rng(), attack=lambda net, a, b: -a)
+    direct = given.predict(-x, generator=rng())
+    assert torch.equal(other.sizes, direct.sizes)
+    assert torch.equal(other.covered, direct.mask.gather(1, y[:, None])[:, 0])
+    assert other.coverage < 0.5
+
+
+def test_one_rule_for_calibration_and_test():
+    """The proof compares scores of one distribution: whatever changes the score asks for a new calibration."""
+    x, y, model = blobs(400, 1)
+    given = rc.RobustConformalClassifier(model, sigma=0.5, eps=0.25, num_samples=16)
+    given.calibrate(x[:200], y[:200], generator=rng())
+    given.num_samples = 64
+    with pytest.raises(InvalidInput, match="call calibrate again"):
+        given.predict(x[:2], generator=rng())
+    given.fit_transform(x[200:300], y[200:300], generator=rng(1))
+    with pytest.raises(InvalidInput, match="call calibrate"):
+        given.predict(x[:2], generator=rng())
+    assert given.transform is not None
+    first = given.transform.holdout
+    assert given.transform.bias == pytest.approx(0.9)
+    assert len(first) == 100 and len(first.unique()) > 60  # one draw each, not an average
+    given.fit_transform(x[200:300], y[200:300], generator=rng(1))
+    assert torch.equal(first, given.transform.holdout)  # of base scores, not of scores already transformed
+    copied = copy.deepcopy(given.calibrate(x[:200], y[:200], generator=rng()))
+    assert torch.equal(copied.predict(x[:5], generator=rng(2)).mask, given.predict(x[:5], generator=rng(2)).mask)
+
+
+def test_rct_is_the_loop_of_the_paper():
+    """Head drawn anew, Nesterov SGD, rate / 10 after 2/5, 3/5 and 4/5, softmax before the mean over copies; against a plain loop."""
+    x, y, _ = blobs(60, 5)
+    torch.manual_seed(0)
+    body: Any = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).double()
+    body[1].running_mean.normal_(generator=rng(3))
+    loss, epochs = rc.RobustConformalLoss(alpha=0.2, correction=0.3, temperature=0.5, size_weight=0.4), 5
+    mine: Any = rc.train_rct(body, x, y, sigma=0.4, loss=loss, epochs=epochs, batch_size=24, copies=3, lr=0.1, weight_decay=1e-2, generator=rng(1))  # fmt: skip
+    g = rng(1)
+    bound = 8**-0.5
+    w, b = (torch.rand(s, generator=g, dtype=torch.float64) * 2 * bound - bound for s in ((5, 8), (5,)))
+    vw, vb = torch.zeros_like(w), torch.zeros_like(b)
+    features = body[:3].eval()
+    for epoch in range(epochs):
+        lr = 0.1 * 0.1 ** sum(epoch >= s for s in (2, 3, 4))
+        order = torch.randperm(60, generator=g)
+        for start in (0, 24):  # the 12 that are left over rest
+            part = order[start : start + 24]
+            noisy = torch.cat([z.clone() for _, z in noisy_batches(x[part], 3, sigma=0.4, generator=g)])
+            w, b = w.requires_grad_(), b.requires_grad_()
+            p = (features(noisy).detach() @ w.T + b).softmax(-1).view(24, 3, 5).mean(1)
+            gw, gb = torch.autograd.grad(loss(p, y[part]), (w, b))
+            with torch.no_grad():
+                gw, gb = gw + 1e-2 * w, gb + 1e-2 * b
+                vw, vb = 0.9 * vw + gw, 0.9 * vb + gb
+                w, b = w - lr * (gw + 0.9 * vw), b - lr * (gb + 0.9 * vb)
+    # PyTorch starts the momentum with the first gradient, as the zeros above do
+    torch.testing.assert_close(mine[3].weight.detach(), w.detach(), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(mine[3].bias.detach(), b.detach(), rtol=1e-7, atol=1e-9)
+    assert torch.equal(mine[1].running_mean, body[1].running_mean)
+
+
+def test_rcts_index_is_guarded_against_binary_rounding():
+    """alpha (n + 1) = .3 * 10 is 2.9999... in binary and 3 in truth: the third smallest, not the second."""
+    probs, y = random_probs(18, 3, seed=4), torch.zeros(18, dtype=torch.int64)
+    q = torch.special.ndtri(probs)
+    inside = torch.sigmoid((q[9:] - q[:9, 0].sort().values[2]) / 0.1)
+    expected = math.log(1 - inside[:, 0].mean().item() + torch.relu(inside.sum(1) - 1).mean().item() + 1e-8)
+    assert math.floor(0.3 * 10) == 3 and math.floor(0.7 * 10 + 1e-9) == 7
+    assert rc.robust_conformal_loss(probs, y, alpha=0.3, correction=0.0).item() == pytest.approx(expected)
+
+
+def test_the_treatment_has_both_stages():
+    torch.manual_seed(0)
+    task = vector_task()
+    net: Any = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+    treatment = rc.RobustConformalTraining(sigma=0.4, eps=0.2, epochs=2)
+    assert treatment._loss().correction == pytest.approx(0.5)
+    seen: list[torch.Tensor] = []
+    handle = net[0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    batch: Any = type("B", (), {"x": torch.zeros(200, 12), "y": task.train.y, "generator": rng()})()
+    treatment.loss(net, batch)
+    handle.remove()
+    assert seen[0].std().item() == pytest.approx(0.4, rel=0.05)
+    done: Any = treatment.finish(copy.deepcopy(net), task)
+    assert torch.equal(done[0].weight, net[0].weight) and not torch.equal(done[2].weight, net[2].weight)
+    with pytest.raises(Refused, match="batches of at least"):
+        rc.RobustConformalTraining(batch_size=18).check(net, task)
+
+
+def test_the_instrument_attacks_what_it_counts_and_calibrates_on_the_validation_split(monkeypatch):
+    asked: list[tuple[float, float, int, int]] = []
+
+    def away(model, x, y, *, eps, sigma, steps, draws, bounds, generator):
+        asked.append((eps, sigma, steps, draws))
+        return -x
+
+    monkeypatch.setattr("surefoot.certified.robust_conformal.instrument.smooth_pgd", away)
+    finding, subject, task = measured(eps=0.2, sigma=0.4, num_samples=64)
+    assert asked == [(0.2, 0.4, 20, 8), (0.2, 0.0, 20, 8)]
+    clean, attacked, naive = (part.value for part in finding.parts)
+    assert clean > 0.9 > 0.5 > attacked and naive < 0.5
+    monkeypatch.setattr("surefoot.certified.robust_conformal.instrument.smooth_pgd", lambda model, x, y, **_: x)
+    other = task.changed(test=Split(task.test.x, (task.test.labels + 1) % 5))
+    wrong = rc.RobustSets(eps=0.2, sigma=0.4, num_samples=64).measure(subject, other)
+    assert wrong.parts[2].value < 0.3  # a threshold from the test split itself would still cover 90 %
+
+
+SCORES = torch.rand(30, generator=rng(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: rc.calibrate(2 * SCORES), "RAPS"),
+        (lambda: rc.average_scores(3 * SCORES.view(2, 5, 3)), "RAPS"),
+        (lambda: rc.robust_sets(scores_of([[0.5]]), math.nan, eps=0.1, sigma=0.2), "threshold"),
+        (lambda: rc.train_rct(NET, torch.rand(20, 3), LABELS + 2, sigma=0.5, loss=rc.RobustConformalLoss(), generator=rng()), "y must lie"),
+        (lambda: rc.train_rct(NET, torch.rand(20, 3), LABELS[:9], sigma=0.5, loss=rc.RobustConformalLoss(), generator=rng()), "one int64 label"),
+        (lambda: rc.robust_conformal_loss(HALF, LABELS.double()), "int64"),
+        (lambda: rc.smooth_pgd(NET, torch.rand(20, 3), LABELS + 2, eps=0.1, sigma=0.1, steps=1, generator=rng()), "y must lie"),
+        (lambda: rc.noisy_probabilities(nn.LSTM(3, 2), torch.rand(2, 3), 2, sigma=0.1, generator=rng()), "must give logits"),
+    ],
+)  # fmt: skip
+def test_more_bad_input_is_one_sentence(call, words):
     with pytest.raises(InvalidInput, match=words):
         call()

@@ -37,6 +37,8 @@ def smooth_pgd(
     check_at_least("steps", steps, 1)
     check_at_least("draws", draws, 1)
     check(len(x) == len(y), f"x and y must be pairs, got {len(x)} and {len(y)}.")
+    if eps == 0:
+        return x.clone()
     copies = draws if sigma > 0 else 1
     chunk = max(1, batch_size // copies)
     with evaluating(model), torch.enable_grad():
@@ -62,12 +64,16 @@ def _ascend(
     ball = Ball.around(x, eps, "l2", bounds)
     labels = y.to(x.device).repeat(copies)[:, None]
     point = x
-    for _ in range(steps):
+    for step in range(steps):
         point = point.detach().requires_grad_()
         noisy = point.expand(copies, *x.shape)
         if sigma > 0:
             noisy = noisy + sigma * draw(torch.randn, noisy.shape, x, generator)
         probs = model(noisy.flatten(0, 1)).double().softmax(-1)  # float64: 1 - p of a sure network is not 0
+        if step == 0:
+            check(
+                bool((labels < probs.shape[1]).all() and (labels >= 0).all()), f"y must lie in [0, {probs.shape[1]})."
+            )
         (gradient,) = torch.autograd.grad(-probs.gather(1, labels).sum(), point)
         point = ball.project(point.detach() + step_size * ball.direction(gradient))
     return point.detach()

@@ -81,6 +81,7 @@ class RobustConformalClassifier:
         self.bound: Bound = bound
         self.batch_size = batch_size
         self.threshold_: float | None = None
+        self._rule: tuple[object, PostTrainingTransform | None] = (None, None)  # what the threshold was calibrated with
 
     @property
     def calibration_size(self) -> int:
@@ -110,6 +111,7 @@ class RobustConformalClassifier:
         """Threshold from clean examples the network was not trained on. Fewer than `calibration_size` of them: full sets."""
         means = true_label(self._smoothed(x, generator).mean, y.cpu())
         self.threshold_ = calibrate(means, alpha=self.alpha, beta=self.beta, bound=self.bound)
+        self._rule = (self._settings(), self.transform)
         return self
 
     def predict(self, x: Tensor, *, generator: torch.Generator) -> PredictionSets:
@@ -118,6 +120,8 @@ class RobustConformalClassifier:
             raise InvalidInput(
                 "The classifier has no threshold yet; call calibrate with clean, held-out examples first."
             )
+        settings, given = self._rule
+        check(settings == self._settings() and given is self.transform, "Settings changed after the calibration, and the promise needs one rule for both; call calibrate again.")  # fmt: skip
         scores = self._smoothed(x, generator)
         return robust_sets(scores, self.threshold_, eps=self.eps, sigma=self.sigma, beta=self.beta, bound=self.bound)
 
@@ -138,6 +142,10 @@ class RobustConformalClassifier:
             sizes.append(sets.sizes)
         check(len(sizes) > 0, "There is nothing to evaluate: no batches were given.")
         return ConformalReport(torch.cat(covered), torch.cat(sizes), classes, self.bound != "none")
+
+    def _settings(self) -> tuple[object, ...]:
+        """What must be the same at calibration and at test, beside the transform."""
+        return (self.sigma, self.alpha, self.beta, self.num_samples, self.score, self.bound)
 
     def _smoothed(self, x: Tensor, generator: torch.Generator, draws: int | None = None) -> SmoothedScores:
         draws = draws or self.num_samples

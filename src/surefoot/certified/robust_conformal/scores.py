@@ -70,7 +70,7 @@ class PostTrainingTransform:
         check_positive("temperature", temperature)
         check_open_unit("bias", bias)
         check(holdout_scores.dim() == 1 and len(holdout_scores) > 0, "holdout_scores must be a list of at least one score.")  # fmt: skip
-        _check_scores(holdout_scores)
+        check_scores(holdout_scores)
         return cls(holdout_scores.double().sort().values, temperature, bias)
 
     def __call__(self, scores: Tensor) -> Tensor:  # float [...] -> float64 [...]
@@ -117,7 +117,9 @@ def noisy_probabilities(
         else:
             batches = iter(x.split(batch_size or 512))
         for z in batches:
-            rows.append(model(z.clone() if sigma == 0 else z).cpu().double().softmax(-1))
+            logits = model(z.clone() if sigma == 0 else z)
+            check(isinstance(logits, Tensor), f"The model must give logits [N, K], got {type(logits).__name__}.")
+            rows.append(logits.cpu().double().softmax(-1))
     probs = torch.cat(rows).clone()
     if probs.dim() != 2 or not bool(torch.isfinite(probs).all()):
         raise InvalidInput(f"The model must give finite logits [N, K]; it gave {'NaN' if probs.dim() == 2 else list(probs.shape)}.")  # fmt: skip
@@ -142,13 +144,18 @@ def smooth_scores(
             hps_score(part) if score == "hps" else aps_score(part, _uniform(u, len(probs))[start : start + step, None])
         )
         scores = scores if transform is None else transform(scores)
-        parts.append(average_scores(scores))
+        parts.append(_average(scores))  # in [0, 1] by construction
     mean, variance = torch.cat([p.mean for p in parts]), torch.cat([p.variance for p in parts])
     return SmoothedScores(mean, variance, probs.shape[1])
 
 
 def average_scores(scores: Tensor) -> SmoothedScores:  # float64 [N, n, K]
-    """Mean and unbiased variance over the draws."""
+    """Mean and unbiased variance over the draws. Scores outside [0, 1] are refused: no bound here holds for them."""
+    check_scores(scores)
+    return _average(scores)
+
+
+def _average(scores: Tensor) -> SmoothedScores:
     mean = scores.mean(1)
     return SmoothedScores(mean, scores.var(1) if scores.shape[1] > 1 else torch.zeros_like(mean), scores.shape[1])
 
@@ -172,7 +179,7 @@ def _check_probs(probs: Tensor) -> None:
     check(bool(((probs >= 0) & (probs <= 1 + 1e-5)).all()), "probs must lie in [0, 1] (and not be NaN); give softmax outputs.")  # fmt: skip
 
 
-def _check_scores(scores: Tensor) -> None:
+def check_scores(scores: Tensor) -> None:
     inside = bool(((scores >= 0) & (scores <= 1)).all())
     check(
         inside, "Scores must lie in [0, 1], or the Monte-Carlo corrections do not hold; rescale them (RAPS exceeds 1)."

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from surefoot.certified.robust_conformal.scores import SmoothedScores, level_of_two_betas
+from surefoot.certified.robust_conformal.scores import SmoothedScores, check_scores, level_of_two_betas
 from surefoot.errors import check, check_at_least, check_choice, check_non_negative, check_open_unit
 from surefoot.nn.conformal import conformal_quantile
 
@@ -59,6 +59,8 @@ def calibrate(
     """The ceil((n + 1)(1 - alpha + 2 beta))-th smallest; +inf (full sets) if n is too small; without bounds at level 1 - alpha."""
     check_choice("bound", bound, BOUNDS)
     check_open_unit("alpha", alpha)
+    check(not bool(torch.isnan(true_means).any()), "scores hold NaN; a missing score must not enter the calibration.")
+    check_scores(true_means)
     level = alpha if bound == "none" else level_of_two_betas(alpha, beta)
     return conformal_quantile(true_means.double(), level).item()
 
@@ -79,6 +81,9 @@ def robust_sets(
     """
     check_choice("bound", bound, BOUNDS)
     shift = noise_ratio(eps, sigma)
+    check(
+        threshold >= 0, f"threshold must be a score, or infinity for full sets, got {threshold!r}."
+    )  # NaN too: it would empty every set
     up = 0.0 if bound == "none" or sigma == 0 else hoeffding_slack(scores.n, beta)
     lower = (scores.mean - _low_slack(scores, sigma, beta, bound)).clamp(min=0.0)
     upper = min(threshold + up, 1.0)

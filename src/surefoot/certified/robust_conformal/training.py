@@ -76,6 +76,7 @@ def robust_conformal_loss(
     """RCT's loss; `correction` is eps/sigma. The class loss is 1 - C_iy (the identity as K x K loss matrix)."""
     check(probs.dim() == 2 and len(probs) == len(y), "probs must be [B, K] with one label per row.")
     check(len(probs) % 2 == 0, f"The batch is split into halves, so its size must be even, got {len(probs)}.")
+    check(y.dtype == torch.int64, f"y must hold int64 labels, got {y.dtype}.")
     half = len(probs) // 2
     check(half >= 1 / alpha, f"The batch must hold at least 2 / alpha = {2 / alpha:g} examples, got {len(probs)}.")
     conformity = torch.special.ndtri(probs.clamp(CLIP, 1 - CLIP))
@@ -153,10 +154,12 @@ def train_rct(
     check_positive("sigma", sigma)
     for name, value in (("epochs", epochs), ("copies", copies)):
         check_at_least(name, value, 1)
+    check(y.dtype == torch.int64 and y.shape == x.shape[:1], "y must hold one int64 label per example.")
     size = min(batch_size, len(x)) // 2 * 2
     check(size >= 2 / loss.alpha, f"RCT needs batches of at least 2 / alpha = {2 / loss.alpha:g} examples, got {size}.")
     model = copy.deepcopy(model)
     head = last_linear(model, x[:1])
+    check(int(y.min()) >= 0 and int(y.max()) < head.out_features, f"y must lie in [0, {head.out_features}).")
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     _reset_(head, generator)
