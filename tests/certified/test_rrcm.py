@@ -36,7 +36,7 @@ from surefoot.certified.rrcm.finetuning import noisy_logits
 from surefoot.core.task import Split, Task, Training
 from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput, Refused
-from surefoot.models.networks import Normalized, small_cnn, small_resnet
+from surefoot.models.networks import Normalized, seeded_build, small_cnn, small_resnet
 from surefoot.nn.smoothing import certify, upper_confidence_bound, vote_counts
 from surefoot.training.loop import fit
 
@@ -515,3 +515,191 @@ def test_smaller_last_batch_is_dropped():
 
     pretrain_rrcm(Spy(tiny(), 10, (1, 8, 8)), X, steps=4, generator=rng(), batch_size=8, hidden_dim=8, output_dim=4)
     assert set(sizes) == {8}
+
+
+# --- both loops against plain ones ------------------------------------------------------------------------------------
+
+
+def alive(seed: int = 0) -> ClassifierEncoder:
+    """Without features that are 0 everywhere: Adam makes steps of lr out of the rounding of their gradients."""
+    net = encoder(seed).double()
+    with torch.no_grad():
+        net.get_parameter("time.2.bias").copy_(0.3 * torch.randn(130, generator=rng(3), dtype=torch.float64))
+    return net
+
+
+def reference_pretraining(net: ClassifierEncoder, x: Tensor, steps: int, target: str) -> tuple[list[Tensor], list[Tensor], list[list[float]]]:  # fmt: skip
+    """The dossier's loop written out: same draws, nothing shared but the grid, the schedule and the augmentation."""
+    g, plan, lr, warmup = rng(0), RRCMSchedule(steps, 10, 40, 0.9, 0.99), 1e-3, 0.3 * steps
+    online = copy.deepcopy(net).train()
+    seed = int(torch.randint(2**62, (), generator=g))
+    head = seeded_build(lambda: projection_head(64, 64, 32), rng(seed)).double()
+    slow, slow_head, average = copy.deepcopy(online), copy.deepcopy(head), copy.deepcopy(online)
+    weights = [*online.parameters(), *head.parameters()]
+    adam, jitter, losses = torch.optim.Adam(weights), affine_jitter(), []
+    order = torch.randperm(len(x), generator=g)
+    chunks = list(order[:128].split(64))
+
+    def info(f: Tensor, targets: Tensor) -> Tensor:
+        s = (f / f.norm(dim=1, keepdim=True)) @ (targets / targets.norm(dim=1, keepdim=True)).T / 0.2
+        return (s.logsumexp(1) - s.diagonal()).mean()
+
+    for k in range(steps):
+        if not chunks:
+            chunks = list(torch.randperm(len(x), generator=g)[:128].split(64))
+        images = x[chunks.pop(0)]
+        v1, v2 = (2 * jitter(images, g) - 1 for _ in range(2))
+        grid = karras_sigmas(plan.num_scales(k), 0.002, 5.0).tolist()
+        i = int(torch.randint(len(grid) - 1, (), generator=g))
+        e = torch.randn(v1.shape, dtype=x.dtype, generator=g)
+        t = grid[-1]
+        with torch.no_grad():
+            g1, g2 = slow_head(slow(v1 + t * e, t)), slow_head(slow(v2 + t * e, t))
+        contrast = info(head(online(v1 + t * e, t)), g2) + info(head(online(v2 + t * e, t)), g1)
+        with torch.no_grad():
+            fixed = (online if target == "online" else slow)(v1 + grid[i + 1] * e, grid[i + 1])
+        consistency = info(online(v1 + grid[i] * e, grid[i]), fixed)
+        losses.append([contrast.item(), consistency.item()])
+        for p, d in zip(weights, torch.autograd.grad(contrast + consistency, weights), strict=True):
+            p.grad = d
+        done = (k - warmup) / (steps - warmup)
+        adam.param_groups[0]["lr"] = lr * ((k + 1) / (warmup + 1) if k < warmup else (1 + math.cos(math.pi * done)) / 2)
+        if k >= warmup:
+            size = math.sqrt(sum(p.grad.square().sum().item() for p in weights if p.grad is not None))
+            for p in weights:
+                assert p.grad is not None
+                p.grad *= min(1.0, 0.5 / (size + 1e-6))
+        adam.step()
+        for old, new, rate in ((slow, online, plan.target_rate(k)), (slow_head, head, plan.target_rate(k)), (average, online, min(0.9999, (1 + k) / (10 + k)))):  # fmt: skip
+            with torch.no_grad():
+                for a, b in zip(old.parameters(), new.parameters(), strict=True):
+                    a.copy_(rate * a + (1 - rate) * b)
+                for a, b in zip(old.buffers(), new.buffers(), strict=True):
+                    a.copy_(b)
+    return list(average.parameters()), list(head.parameters()), losses
+
+
+@pytest.mark.parametrize("target", ["online", "ema"])
+def test_pretraining_is_the_loop_of_the_paper(target):
+    x = small_task().train.x[:150].double()
+    net = alive()
+    options: dict[str, Any] = {"warmup": 0.3, "clip_norm": 0.5, "target": target}
+    state = pretrain(net, x, steps=10, **options)
+    average, head, losses = reference_pretraining(net, x, 10, target)
+    assert torch.allclose(state.losses.double(), torch.tensor(losses).double(), rtol=1e-5)
+    for mine, plain in zip([*state.encoder.parameters(), *state.projector.parameters()], [*average, *head], strict=True):  # fmt: skip
+        assert torch.allclose(mine, plain, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(state.grid, karras_sigmas(41, 0.002, 5.0))
+
+
+def test_the_average_takes_over_the_statistics_of_batch_norm():
+    torch.manual_seed(0)
+    net = ClassifierEncoder(small_cnn((1, 8, 8), 10), 10, (1, 8, 8))
+    state = pretrain(net, small_task().train.x, steps=2)
+    pairs = zip(state.encoder.named_buffers(), net.named_buffers(), strict=True)
+    assert all(not torch.equal(a, b) for (k, a), (_, b) in pairs if "running" in k)
+
+
+def test_no_gradient_reaches_the_targets_of_nce():
+    f, targets = (torch.randn(4, 5, generator=rng(s)).requires_grad_() for s in (0, 1))
+    nce(f, targets).backward()
+    assert f.grad is not None and targets.grad is None
+
+
+def test_finetuning_is_the_loop_of_the_paper():
+    """Two noisy copies at exactly sigma, augmentation, AdamW without decay on head and stages, cosine; against a plain loop."""
+    task, sigma, steps = small_task(), 0.3, 4
+    x, y, jitter = task.train.x[:60].double(), task.train.labels[:60], affine_jitter()
+    net = alive()
+    model = finetune_rrcm(net, x, y, sigma=sigma, num_classes=10, steps=steps, generator=rng(4), lbd=7.0, lr=3e-3, backbone_lr=2e-3, layer_decay=0.5, batch_size=32, augment=[jitter])  # fmt: skip
+    g = rng(4)
+    seed = int(torch.randint(2**62, (), generator=g))
+    time = nearest_time(karras_sigmas(81), sigma)
+    plain: Any = seeded_build(lambda: SmoothableClassifier(copy.deepcopy(net), 10, sigma=sigma, time=time), rng(seed))
+    stages = plain.encoder.stages()
+    assert len(stages) == 2
+    rates = [(plain.head.parameters(), 3e-3), (stages[0], 1e-3), (stages[1], 2e-3)]
+    adam = torch.optim.Adam([{"params": list(p), "lr": r} for p, r in rates])
+    for k in range(steps):
+        pick = torch.randperm(60, generator=g)[:32]
+        images = jitter(x[pick], g)
+        noise = torch.randn((2, *images.shape), dtype=torch.float64, generator=g)
+        a, b = plain(images + sigma * noise[0]), plain(images + sigma * noise[1])
+        mean = (a.softmax(1) + b.softmax(1)) / 2
+        kl = sum((mean * (mean.log() - v.log_softmax(1))).sum(1).mean() for v in (a, b)) / 2
+        loss = (F.cross_entropy(a, y[pick]) + F.cross_entropy(b, y[pick])) / 2 + 7 * kl - 0.5 * (mean * mean.log()).sum(1).mean()  # fmt: skip
+        adam.zero_grad()
+        loss.backward()
+        for group, (_, r) in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = r * (1 + math.cos(math.pi * k / steps)) / 2
+        adam.step()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_encoder_costs_no_gradient():
+    seen: list[bool] = []
+
+    class Spy(ClassifierEncoder):
+        def represent(self, x: Tensor, t: Tensor) -> Tensor:
+            z = super().represent(x, t)
+            seen.append(z.requires_grad)
+            return z
+
+    task = small_task()
+    finetune_rrcm(Spy(tiny(), 10, (1, 8, 8)), task.train.x, task.train.labels, sigma=0.25, num_classes=10, steps=1, generator=rng(), backbone_lr=0.0)  # fmt: skip
+    assert seen == [False]
+
+
+def test_the_vit_answers_with_its_class_token_after_the_norm():
+    net: Any = vit()
+    seen: list[Tensor] = []
+    net.norm.register_forward_hook(lambda m, args, out: seen.append(out))
+    x = torch.rand(3, 1, 8, 8, generator=rng())
+    z = net(x, 0.5)
+    assert torch.equal(z, seen[0][:, 0])
+    with torch.no_grad():
+        tokens: list[Tensor] = []
+        net.blocks[0].register_forward_pre_hook(lambda m, args: tokens.append(args[0]))
+        net(x, 0.5)
+        expected = net.class_token + net.positions[:, :1]
+        assert torch.allclose(tokens[0][:, :1], expected.expand(3, -1, -1))  # the first token is the class token
+        time = net.time(time_features(torch.full((3,), 0.5), 16)) + net.positions[:, 1]
+        assert torch.allclose(tokens[0][:, 1], time, atol=1e-6)
+
+
+def test_time_scales_and_shifts_input_and_representation():
+    net: Any = encoder().double()
+    with torch.no_grad():
+        net.time[-1].bias.copy_(torch.randn(130, generator=rng(), dtype=torch.float64))
+    x = torch.rand(2, 1, 8, 8, generator=rng(), dtype=torch.float64)
+    bias = net.time[-1].bias
+    z = net.backbone((0.5 + 0.25 * x) * (1 + bias[0]) + bias[1]) * (1 + bias[2:66]) + bias[66:]
+    assert torch.allclose(net.represent(x, torch.full((2,), 0.7).double()), z)
+
+
+def test_jitter_turns_and_resizes_both_ways():
+    bar = torch.zeros(300, 1, 17, 17)
+    bar[:, :, 8, 2:15] = 1.0
+    turned = affine_jitter(0.25, 0.0, 0.0)(bar, rng())
+    rows = torch.arange(17.0)
+    left, right = ((turned[:, 0, :, c] * rows).sum(1) / turned[:, 0, :, c].sum(1) for c in (4, 12))
+    slope = torch.atan2(right - left, torch.tensor(8.0))
+    assert slope.max() == pytest.approx(0.25, abs=0.03) and slope.min() == pytest.approx(-0.25, abs=0.03)
+    disc = torch.zeros(300, 1, 17, 17)
+    disc[:, :, 5:12, 5:12] = 1.0
+    area = affine_jitter(0.0, 0.15, 0.0)(disc, rng()).sum((1, 2, 3)) / 49
+    assert area.min() == pytest.approx(0.85**2, abs=0.05) and area.max() == pytest.approx(1.15**2, abs=0.05)
+
+
+def test_the_treatment_uses_what_it_pretrained_at_its_own_noise_level():
+    task, treatment = digits(904, sizes=(96, 20, 20)), RRCM(sigma=0.5, pretrain_epochs=3, batch_size=32)
+    model: Any = treatment.prepare(tiny(), task)[0]
+    bare: Any = RRCM(sigma=0.5, pretrain_epochs=0).prepare(tiny(), task)[0]
+    assert any(not torch.equal(a, b) for a, b in zip(model.encoder.parameters(), bare.encoder.parameters(), strict=True))  # fmt: skip
+    assert model.time.item() == pytest.approx(nearest_time(karras_sigmas(41, tmax=5.0), 0.5), rel=1e-6)
+    spread: list[float] = []
+    model.encoder.register_forward_hook(lambda m, args, out: spread.append(args[0].std().item()))
+    batch: Any = type("B", (), {"x": torch.full((400, 1, 8, 8), 0.5), "y": torch.arange(400) % 10, "generator": rng()})()  # fmt: skip
+    treatment.loss(model, batch)
+    assert spread[0] == pytest.approx(2 * 0.5, rel=0.02)
