@@ -452,3 +452,160 @@ def test_bad_input(case):
     call, sentence = BAD[case]
     with pytest.raises((InvalidInput, Refused), match=sentence):
         call()
+
+
+# --- what a plausible slip would change -------------------------------------------------------------------------------
+
+
+def smooth_front() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Denoiser with batch-norm, encoder to 5 numbers, decoder with batch-norm: the parts of a pipeline that have modes."""
+    torch.manual_seed(2)
+    denoiser = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh(), nn.Conv2d(2, 1, 3, padding=1))
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    decoder = nn.Sequential(nn.Linear(5, 64), nn.BatchNorm1d(64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8)))
+    return denoiser.double(), encoder.double(), decoder.double()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_training_by_queries_is_the_loop_of_the_paper(labelled):
+    """Targets from clean images, fresh noise, per-sample central differences, chain rule, Adam with decay, cosine."""
+    f, x = tanh_net().double(), torch.rand(30, 1, 8, 8, generator=rng(8), dtype=torch.float64)
+    denoiser, encoder, decoder = smooth_front()
+    y = (torch.arange(30) * 7) % 10 if labelled else None
+    start = [copy.deepcopy(m.state_dict()) for m in (denoiser, encoder, decoder)]
+    report = train_zo_denoiser(BlackBox(f, 10), denoiser, x, y=y, sigma=0.3, generator=rng(5), encoder=encoder, decoder=decoder, epochs=2, batch_size=12, lr=0.01, weight_decay=0.05, mu=1e-3)  # fmt: skip
+    for module, kept in zip((denoiser, encoder, decoder), start, strict=True):
+        assert all(torch.equal(v, kept[k]) for k, v in module.state_dict().items())
+    g = rng(5)
+    d, e, fixed = copy.deepcopy(denoiser).train(), copy.deepcopy(encoder).train(), copy.deepcopy(decoder).eval()
+    targets = f(x).argmax(1) if y is None else y
+    weights = [*d.parameters(), *e.parameters()]
+    adam, curve = torch.optim.Adam(weights, 0.01, weight_decay=0.05), []
+    for k in range(4):
+        if k % 2 == 0:
+            order = torch.randperm(30, generator=g)
+            curve.append([])
+        index = order[12 * (k % 2) : 12 * (k % 2) + 12]
+        z = e(d(x[index] + 0.3 * torch.randn(12, 1, 8, 8, generator=g, dtype=torch.float64)))
+        with torch.no_grad():
+            probes = [F.cross_entropy(f(fixed(z + s * 1e-3 * unit)), targets[index], reduction="none") for unit in torch.eye(5).double() for s in (1, -1)]  # fmt: skip
+            curve[-1].append(torch.stack(probes).mean())
+            slope = torch.stack([(probes[2 * j] - probes[2 * j + 1]) / 2e-3 for j in range(5)], 1)
+        for p, v in zip(weights, torch.autograd.grad((z * slope).sum() / 12, weights), strict=True):
+            p.grad = v
+        adam.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * k / 4)) / 2
+        adam.step()
+    assert report.encoder is not None and report.decoder is not None
+    for mine, plain in zip([*report.denoiser.parameters(), *report.encoder.parameters()], weights, strict=True):
+        assert torch.allclose(mine, plain, rtol=1e-5, atol=1e-6)
+    assert report.loss_curve == pytest.approx([torch.stack(c).mean().item() for c in curve])
+    assert all(not m.training for part in (report.denoiser, report.encoder, report.decoder) for m in part.modules())
+    assert all(torch.equal(v, start[2][k]) for k, v in report.decoder.state_dict().items())  # and its statistics stand
+
+
+def test_defaults_are_the_published_ones():
+    import inspect
+
+    defaults = {k: p.default for k, p in inspect.signature(train_zo_denoiser).parameters.items()}
+    published = {"method": "cge", "mu": 0.005, "lr": 1e-3, "weight_decay": 1e-4, "batch_size": 256, "epochs": 200}
+    assert {k: defaults[k] for k in published} == published
+
+
+def test_random_directions_lie_on_the_sphere_and_every_sample_asks_about_itself():
+    seen: list[tuple[Tensor, Tensor]] = []
+    z = torch.randn(7, 6, generator=rng(1), dtype=torch.float64)
+    slopes = torch.randn(7, 6, generator=rng(2), dtype=torch.float64)
+
+    def loss(p: Tensor, rows: Tensor) -> Tensor:
+        seen.append((p, rows))
+        return (p * slopes[rows]).sum(1)
+
+    found = zo_gradient(loss, z, method="rge", mu=0.1, num_queries=2000, chunk=5000, generator=rng())
+    assert F.cosine_similarity(found.gradient, slopes).min() > 0.9  # chunks of two samples each
+    points, rows = torch.cat([p for p, _ in seen]), torch.cat([r for _, r in seen])
+    distance = (points - z[rows]).norm(dim=1)
+    assert torch.allclose(distance[distance > 0], torch.tensor(0.1, dtype=torch.float64))
+    assert torch.allclose(found.loss, (z * slopes).sum(1))
+    central = zo_gradient(loss, z, mu=0.1)
+    assert torch.allclose(central.loss, (z * slopes).sum(1))  # of each sample, not of the batch
+
+
+def test_the_surrogate_passes_nothing_to_the_estimate():
+    z, estimate = (torch.randn(3, 4, generator=rng(s)).requires_grad_() for s in (0, 1))
+    surrogate(z, estimate).backward()
+    assert estimate.grad is None and z.grad is not None and torch.allclose(z.grad, estimate.detach() / 3)
+
+
+def test_a_box_of_arrays_takes_tensors_that_want_gradients():
+    box = BlackBox(lambda a: a.reshape(len(a), -1)[:, :10] * 2.0, 10)
+    assert not box(torch.rand(3, 1, 8, 8).requires_grad_()).requires_grad
+
+
+def test_differences_of_losses_are_taken_in_float64():
+    """Losses near 1e4 in float32 move in steps of 1e-3; those a black box answers in float64 do not."""
+    z = torch.zeros(1, 2)
+    found = zo_gradient(lambda p, rows: p.double().sum(1) + 1e4, z, mu=1e-4)
+    assert torch.allclose(found.gradient, torch.ones(1, 2), rtol=1e-4)
+
+
+def test_a_probability_of_exactly_zero_has_a_finite_loss():
+    answers = np.tile(np.array([[0.75, 0.25, 0.0]]), (2, 1))
+    loss = BlackBox(lambda a: answers, 3).losses(torch.rand(2, 4), torch.tensor([2, 0]))
+    assert loss.tolist() == pytest.approx([-math.log(1e-6), -math.log(0.75)])
+
+
+def test_reconstruction_error_is_a_mean_over_images_of_roots():
+    x = torch.zeros(2, 1, 4, 4)
+    off = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    found = reconstruction_stability(lambda v: v + off, x, generator=rng(), radii=(0.0,))
+    assert found.rmse[0] == pytest.approx(2.0)
+    grown = reconstruction_stability(lambda v: 2 * v, x[:1] + 0.5, generator=rng(), radii=(0.0, 2.0), steps=400)
+    assert grown.rmse[1] == pytest.approx(
+        0.5 + 2 * 2.0 / 4, rel=1e-3
+    )  # all of the radius, along the error, and no more
+    box = BlackBoxMap(lambda a: a, (1, 4, 4))
+    assert box.losses(x + 2.0, x).tolist() == [4.0, 4.0]  # a mean over pixels
+
+
+def test_the_treatment_trains_at_its_own_noise_and_returns_all_it_trained(monkeypatch):
+    from surefoot.certified.zo_smoothing import treatment as module
+
+    seen: dict[str, object] = {}
+    real = module.train_zo_denoiser
+
+    def spy(*args, **options):
+        seen.update(options)
+        seen["report"] = report = real(*args, **options)
+        return report
+
+    monkeypatch.setattr(module, "train_zo_denoiser", spy)
+    task, model = digits(919, sizes=(64, 20, 20)), tanh_net()
+    whole = ZOSmoothing(sigma=0.4, epochs=1, autoencoder_epochs=1, depth=2, width=2).finish(model, task)
+    assert isinstance(whole, RobustifiedModel) and seen["sigma"] == 0.4 and seen.get("y") is None
+    report = seen["report"]
+    assert (whole.denoiser, whole.encoder, whole.decoder) == (report.denoiser, report.encoder, report.decoder)  # type: ignore[attr-defined]  # fmt: skip
+    assert whole.model is model
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"mu": 0.0}, "mu"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"num_queries": 3}, "num_queries"),
+        ({"y": torch.full((40,), 10)}, r"\[0, 10\)"),
+        ({"y": torch.arange(9)}, "9 labels for 40"),
+    ],
+)
+def test_wrong_settings_cost_no_query(options, words):
+    denoiser, ae = front()
+    box = BlackBox(tanh_net(), 10)
+    settings = {"sigma": 0.25, "generator": rng(), "encoder": ae.encoder, "decoder": ae.decoder, "epochs": 1}
+    with pytest.raises(InvalidInput, match=words):
+        train_zo_denoiser(box, denoiser, X, **(settings | options))
+    assert box.queries == 0
+    with pytest.raises(InvalidInput, match="NaN"):
+        pretrain_autoencoder(ae, X * math.nan, epochs=1, generator=rng())
+    with pytest.raises(InvalidInput, match="9 labels"):
+        train_fo_denoiser(tanh_net(), denoiser, X, y=torch.arange(9), sigma=0.1, generator=rng(), epochs=1)

@@ -75,6 +75,7 @@ def pretrain_autoencoder(
     check_at_least("epochs", epochs, 1)
     check_positive("lr", lr)
     check(len(x) > 0, "x is empty; give images to train the autoencoder on.")
+    check(bool(torch.isfinite(x).all()), "x holds NaN or infinite values; clean the data first.")
     trained = copy.deepcopy(autoencoder).train()
     size = min(batch_size, len(x))
     optimizer = torch.optim.Adam(trained.parameters(), lr)

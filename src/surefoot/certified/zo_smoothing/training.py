@@ -73,13 +73,19 @@ def train_zo_denoiser(
     check((encoder is None) == (decoder is None), "Give encoder and decoder together, or neither (estimation at the pixels).")  # fmt: skip
     _check_images(x, sigma)
     size, per_epoch = _batching(len(x), batch_size, epochs)
+    for name, value in (("mu", mu), ("lr", lr)):  # all that can be wrong is found before a query is spent
+        check_positive(name, value)
+    check_non_negative("weight_decay", weight_decay)
+    check(num_queries is None or method == "rge", "cge asks along every coordinate; num_queries is for rge.")
+    if num_queries is not None:
+        check_at_least("num_queries", num_queries, 1)
+    _check_targets(y, x, black_box.num_classes if isinstance(black_box, BlackBox) else None)
     latent = _latent_shape(denoiser, encoder, x)
     cost = zo_queries(size, latent.numel(), method, num_queries)
     first = 0 if y is not None else len(x)
     black_box.require(first + cost, f"Training with {method} ({'the targets and ' if first else ''}one step)")
     spent = black_box.queries
     targets = (black_box.targets(x) if y is None else y).to(x.device)
-    check(len(targets) == len(x), f"y has {len(targets)} labels for {len(x)} images.")
     planned = epochs * per_epoch
     affordable = planned if black_box.budget is None else min(planned, int(black_box.remaining) // cost)
     front = nn.ModuleDict({"denoiser": copy.deepcopy(denoiser)})
@@ -129,6 +135,7 @@ def train_fo_denoiser(
     check((encoder is None) == (decoder is None), "Give encoder and decoder together, or neither.")
     _check_images(x, sigma)
     size, per_epoch = _batching(len(x), batch_size, epochs)
+    _check_targets(y, x, None)
     with evaluating(model), torch.no_grad():
         targets = y.to(x.device) if y is not None else torch.cat([model(part).argmax(1) for part in x.split(1024)])
     front = nn.ModuleDict({"denoiser": copy.deepcopy(denoiser)})
@@ -216,6 +223,13 @@ def _batching(n: int, batch_size: int, epochs: int) -> tuple[int, int]:
     check_at_least("epochs", epochs, 1)
     size = min(batch_size, n)
     return size, n // size
+
+
+def _check_targets(y: Tensor | None, x: Tensor, num_classes: int | None) -> None:
+    check(y is None or len(y) == len(x), f"y has {0 if y is None else len(y)} labels for {len(x)} images.")
+    if y is not None and num_classes is not None:
+        good = y.dtype == torch.int64 and y.dim() == 1 and bool(((y >= 0) & (y < num_classes)).all())
+        check(good, f"y must hold int64 labels in [0, {num_classes}).")
 
 
 def _check_images(x: Tensor, sigma: float) -> None:
