@@ -559,10 +559,8 @@ def test_reconstruction_error_is_a_mean_over_images_of_roots():
     off = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
     found = reconstruction_stability(lambda v: v + off, x, generator=rng(), radii=(0.0,))
     assert found.rmse[0] == pytest.approx(2.0)
-    grown = reconstruction_stability(lambda v: 2 * v, x[:1] + 0.5, generator=rng(), radii=(0.0, 2.0), steps=400)
-    assert grown.rmse[1] == pytest.approx(
-        0.5 + 2 * 2.0 / 4, rel=1e-3
-    )  # all of the radius, along the error, and no more
+    grown = reconstruction_stability(lambda v: 2 * v, x[:1] + 0.5, generator=rng(), radii=(0.0, 2.0), steps=30)
+    assert 1.35 < grown.rmse[1] <= 0.5 + 2 * 2.0 / 4 + 1e-5  # nearly along the error, and never beyond the radius
     box = BlackBoxMap(lambda a: a, (1, 4, 4))
     assert box.losses(x + 2.0, x).tolist() == [4.0, 4.0]  # a mean over pixels
 
