@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -464,3 +465,109 @@ def test_the_instrument_keeps_its_contract(trained):
 
     model, task = trained
     check_instrument(NeuralSpecification(eps=0.03, delta=0.7, nodes=10), Subject(model, "mlp", "image", (1, 8, 8), 10), task)  # fmt: skip
+
+
+# --- what a plausible slip would change -------------------------------------------------------------------------------
+
+
+def test_the_model_is_read_in_evaluation_mode_and_left_alone():
+    model = seeded_build(Nested, noise(3)).train()
+    x = torch.rand(8, 1, 4, 4, generator=noise(4))
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    logits, _ = neuron_values(model, x)
+    assert model.training and next(model.parameters()).dtype == torch.float32
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    torch.testing.assert_close(logits.float(), model.eval()(x))
+
+
+def test_an_instance_pattern_counts_zero_as_inactive():
+    model, x, _ = worked()
+    nap = instance_pattern(model, x[:1].double())  # z = (1, 0)
+    assert nap.phases["_1"].tolist() == [1, -1]
+    assert bool(nap.follows(neuron_values(model, x[:1])[1]))
+
+
+def test_a_conflict_in_either_direction_is_a_proof():
+    one, two = (ActivationPattern.from_phases({"_1": torch.tensor(p)}) for p in ([1, 0], [-1, 1]))
+    assert one.conflicts(two) == two.conflicts(one) == 1
+
+
+def test_patterns_of_other_layers_are_joined():
+    """The second pattern's free neurons must not free those of the first."""
+    model = worked()[0]
+    domain = (torch.zeros(1, 2), torch.ones(1, 2))
+    on, free = (ActivationPattern.from_phases({"_1": torch.tensor(p)}) for p in ([1, 0], [0, 1]))
+    found = check_ambiguity(model, on, free, domain=domain)
+    assert found.status == "ambiguous" and found.example is not None
+    values = neuron_values(model, found.example)[1]
+    assert bool(on.follows(values)) and bool(free.follows(values))
+    corner = (torch.tensor([[0.0, 0.4]]), torch.tensor([[0.3, 0.5]]))  # x1 + x2 < 1: nothing follows the first there
+    outside = check_ambiguity(model, on, free, domain=corner, witness=torch.tensor([[1.0, 0.5]]))
+    assert outside.status == "disjoint"  # a witness counts inside the domain only
+
+
+def test_what_is_undecided_is_neither_proven_nor_refuted():
+    model, undecided = net(2, 6, 6, 2, seed=0), 0
+    for seed in range(30):
+        x = 2 * torch.rand(1, 2, generator=noise(seed), dtype=torch.float64) - 1
+        target = int(model(x).argmax())
+        found = max_verified_eps(model, x, target, domain=(-1.0, 1.0), upper=1.0, steps=3, limits=Limits(max_binaries=0))  # fmt: skip
+        if found.last is None or found.last.status != "unknown":
+            continue
+        undecided += 1
+        truth = max_verified_eps(model, x, target, domain=(-1.0, 1.0), upper=1.0, steps=3)
+        assert found.verified <= truth.verified and found.falsified >= truth.falsified
+    assert undecided >= 3
+
+
+def test_an_undecided_overlap_is_unknown():
+    domain = (-torch.ones(1, 2), torch.ones(1, 2))
+    seen = set()
+    for seed in range(30):
+        model = net(2, 6, 6, 2, seed=seed)
+        one, two = (random_pattern(model, (2,), seed + k, free=0.85) for k in (0, 1000))
+        if not one.conflicts(two):
+            late = check_ambiguity(model, one, two, domain=domain, limits=Limits(time_limit=1e-9))
+            seen.add(late.status)
+            if late.status == "disjoint":
+                assert check_ambiguity(model, one, two, domain=domain).status == "disjoint"
+    assert "unknown" in seen
+
+
+def test_the_instrument_counts_what_its_pieces_find(trained, monkeypatch):
+    """Mined from training data, own pattern and right answer, ball of eps in the subject's range: image by image."""
+    model, task = trained
+    instrument = NeuralSpecification(eps=0.05, delta=0.7, nodes=30)
+    subject = Subject(model, "mlp", "image", (1, 8, 8), 10)
+    asked: list[tuple[int, ActivationPattern | None]] = []
+
+    def spy(net: nn.Module, nap: ActivationPattern | None, target: int, **options: Any):
+        asked.append((target, nap))
+        return verify_nap(net, nap, target, **options)
+
+    monkeypatch.setattr("surefoot.certified.nap.instrument.verify_nap", spy)
+    finding = instrument.measure(subject, task)
+    monkeypatch.undo()
+    split = task.sample("nap", 16)
+    wide = copy.deepcopy(model).double()
+    naps = mine_naps(wide, task.train.x, task.train.labels, delta=0.7)
+    coverage = nap_coverage(wide, naps, split.x, split.labels)
+    inside, plain, spilled = [], [], []
+    for i in range(16):
+        x, y = split.x[i : i + 1].double(), int(split.labels[i])
+        options: dict[str, Any] = {"center": x, "eps": 0.05, "witness": x, "limits": Limits(max_nodes=30)}
+        right = int(wide(x).argmax()) == y
+        plain.append(right and verify_nap(wide, None, y, **options).verified)
+        own = bool(coverage.own[i])
+        inside.append(right and own and (plain[-1] or verify_nap(wide, naps[y], y, **options).verified))
+        others = [c for c in naps if c != y and bool(coverage.followed[i, list(naps).index(c)])]
+        spilled.append(len(others) > 0)
+    assert finding.samples is not None
+    assert finding.samples.tolist() == [float(v) for v in inside]
+    parts = [part.samples.tolist() for part in finding.parts if part.samples is not None]
+    assert parts == [coverage.own.double().tolist(), [float(v) for v in spilled], [float(v) for v in plain]]
+    within = [(target, nap) for target, nap in asked if nap is not None]
+    assert len(asked) > len(within) > 0  # the plain ball first, and the pattern for what is left
+    assert all(nap <= naps[target] <= nap for target, nap in within)
+    tampered = copy.deepcopy(model).train()
+    assert instrument.measure(subject.with_model(tampered), task).value == finding.value and tampered.training
