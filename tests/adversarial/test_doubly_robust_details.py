@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -106,3 +107,15 @@ def test_the_batch_is_weighted_after_the_tracker_took_it_in():
     loss.weights(first)
     after = 0.5 + 0.5 * math.exp(3.0)
     assert torch.allclose(loss.weights(second), torch.full((4,), math.exp(3.0) / after))
+
+
+def test_a_network_that_bends_is_told_of_where_the_gradient_goes_through_the_attack():
+    task = digits(900, sizes=(20, 10, 10))
+    with pytest.warns(UserWarning, match="Tanh bend.*solve_response"):
+        DoublyRobust(implicit=True).check(net(), task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DoublyRobust().check(net(), task)  # no gradient through the attack, nothing left out
+        DoublyRobust(implicit=True).check(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)), task
+        )

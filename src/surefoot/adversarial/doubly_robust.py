@@ -26,6 +26,7 @@ Source: Sow, Lin, Wang & Liang, "Doubly Robust Instance-Reweighted Adversarial T
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -40,6 +41,17 @@ from surefoot.errors import Refused, check, check_at_least, check_non_negative, 
 from surefoot.nn.attacks import attacking, pgd_train
 
 INSIDE = 1e-3  # share of the box's half-width that a point keeps from its walls
+SMOOTH = (
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+)  # activations that bend
 
 
 def kl_weights(
@@ -287,6 +299,9 @@ class DoublyRobust(Treatment):
         check_non_negative("barrier", self.barrier)
         check(self.barrier > 0 or not self.implicit, f"implicit=True needs a positive barrier, got {self.barrier!r}.")
         check(0.0 <= self.warm_share < 1.0, f"warm_share must lie in [0, 1), got {self.warm_share!r}.")
+        bent = sorted({type(module).__name__ for module in model.modules() if isinstance(module, SMOOTH)})
+        if self.implicit and bent:
+            warnings.warn(f"implicit=True leaves out how {', '.join(bent)} bend the attack's objective, so that the gradient through it is approximate; in a loop of your own solve_response (conjugate gradients) takes that in.", stacklevel=3)  # fmt: skip
         if task.bounds is None:
             raise Refused("doubly_robust needs the valid range of the inputs to say how large a small change is; the data has no bounds.")  # fmt: skip
 
