@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,18 @@ def test_training_attack_is_the_textbook_loop(norm):
     start = watched.seen[0] - x
     assert bool((start.abs().amax(1) > 1e-3).all())  # random, and inside
     assert bool(((start.abs().amax(1) if norm == "linf" else start.norm(dim=1)) <= 0.2 + 1e-12).all())
+
+
+def test_training_attack_sees_the_model_in_the_mode_it_is_told():
+    model = nn.Sequential(nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Linear(20, 4)).double().train()
+    for k, parameter in enumerate(model.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=generator(k), dtype=torch.float64)
+    x, y = rand(12, 6), torch.arange(12) % 4
+    settings: dict[str, Any] = {"eps": 0.1, "steps": 3, "norm": "l2", "generator": None}
+    usual, told = pgd_train(model, x, y, **settings), pgd_train(model, x, y, mode="train", **settings)
+    assert model.training
+    assert torch.equal(usual, pgd_train(copy.deepcopy(model).eval(), x, y, **settings))
+    assert not torch.allclose(usual, told, atol=1e-4)
 
 
 def test_pgd_keeps_the_first_misclassified_iterate_whether_or_not_it_stops():
