@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, Refused, UnsupportedOp
 from surefoot.models.networks import mlp, small_cnn
-from surefoot.nn.fingerprint import fingerprint
+from surefoot.nn.fingerprint import _odd_words, fingerprint
 from surefoot.nn.lowrank import (
     Adapter,
     LowRank,
@@ -24,7 +26,7 @@ from surefoot.nn.lowrank import (
     match_layers,
 )
 from surefoot.nn.lowrank_io import load_adapter_, save_adapter
-from surefoot.nn.randomized_svd import randomized_svd, truncate
+from surefoot.nn.randomized_svd import all_finite, randomized_svd, truncate
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -390,6 +392,46 @@ def test_randomized_svd_keeps_its_digits_whatever_the_decay(power: float) -> Non
     assert (right @ right.T - eye).abs().max() < 2e-5
     best = (w - (left64 * s64) @ right64).norm()
     assert (w - (left * s).double() @ right.double()).norm() < best * 1.02
+
+
+@pytest.mark.parametrize("niter", [2, 4])
+@pytest.mark.parametrize("power", [1.5, 2.0, 3.0])
+def test_a_steep_spectrum_leaves_the_search_space_orthonormal(power: float, niter: int) -> None:
+    """Late blocks are mostly rounding along the first directions; one pass less against them, and the error is a hundred times the best."""
+    s = torch.arange(1, 385, dtype=torch.float64) ** -power
+    w = with_spectrum(384, 384, s)
+    left, values, right = randomized_svd(w.float(), 64, niter=niter)
+    for factor in (left.mT, right):
+        assert (factor @ factor.mT - torch.eye(64)).abs().max() < 1e-5
+    error = (w - (left * values).double() @ right.double()).norm()
+    assert error <= 1.001 * s[64:].norm() + 3e-6  # float32 holds 3e-7 of the first value in each of the 64 triplets
+
+
+def test_a_sum_that_overflows_is_not_taken_for_infinite_numbers() -> None:
+    """`all_finite` looks at the sum first."""
+    large = torch.full((40, 30), 3e38)
+    assert not large.sum().isfinite() and all_finite(large) and all_finite(large.T[::2])
+    for bad in (math.inf, -math.inf, math.nan):
+        spoilt = torch.zeros(40, 30)
+        spoilt[7, 3] = bad
+        assert not all_finite(spoilt)
+    opposed = torch.zeros(40, 30)
+    opposed[0, 0], opposed[1, 1] = math.inf, -math.inf
+    assert not all_finite(opposed)
+
+
+def test_fingerprint_is_the_sum_that_its_docstring_says() -> None:
+    """By exact integers: files saved by another version keep their mark."""
+    layer = nn.Linear(50, 70)
+    layer.weight.data = torch.arange(3500, dtype=torch.float32).reshape(70, 50) / 7
+    odd = [int(c) for c in _odd_words()]
+    octets = layer.weight.detach().numpy().tobytes()
+    words = [int.from_bytes(octets[i : i + 8], "little", signed=True) for i in range(0, len(octets), 8)]
+    digest = hashlib.sha256(b"torch.float32(70, 50)")
+    for i in range(0, len(words), 1024):
+        total = sum(c * word for c, word in zip(odd, words[i : i + 1024], strict=False))
+        digest.update((total % 2**64).to_bytes(8, "little"))
+    assert fingerprint(layer) == digest.hexdigest()[:32]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -23,9 +23,12 @@ def fingerprint(layer: nn.Module) -> str:
     words = F.pad(octets, (0, -octets.numel() % 8192)) if octets.numel() % 8192 else octets
     digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
     odd = _odd_words().to(weight.device)
-    at_once = 64 if weight.device.type == "cpu" else 8192  # half a megabyte stays in a CPU's cache
-    for rows in words.view(torch.int64).view(-1, 1024).split(at_once):
-        digest.update((rows * odd).sum(1).cpu().numpy().data)
+    table = words.view(torch.int64).view(-1, 1024)
+    if table.device.type == "cpu":  # NumPy sums the products without writing them down: a third of the time
+        digest.update(np.einsum("ij,j->i", table.numpy(), odd.numpy()).data)
+    else:
+        for rows in table.split(8192):
+            digest.update((rows * odd).sum(1).cpu().numpy().data)
     return digest.hexdigest()[:32]
 
 

@@ -81,7 +81,8 @@ def _krylov_space(
     block: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # Z [c, n] with orthonormal rows, Z W^T [c, m], c >= width
-    """Orthogonalised twice, as Lanczos must be: against the two blocks before, which hold all but rounding, then against every one."""
+    """Orthogonalised twice, as Lanczos must be: against the two blocks before, which hold all but rounding, then against every one, until
+    no row is mostly what rounding brought back."""
     (m, n), steps = weight.shape, -(-width // block)
     z, p = weight.new_empty(steps * block, n), weight.new_empty(steps * block, m)
     # A band of rows that stays in the cache is read once for both products with it.
@@ -102,13 +103,20 @@ def _krylov_space(
                 y.addmm_(part, weight[band])
         if end == len(z):
             break
-        near, size = z[max(0, end - 2 * block) : end], y.norm()
-        q, r = torch.linalg.qr(y.addmm_(y @ near.mT, near, alpha=-1).mT)
-        new = q.mT
-        spent = r.diagonal().abs() <= 8 * torch.finfo(y.dtype).eps * size
-        if bool(spent.any()):  # the space is closed under W^T W (low rank, repeated values): go on from new directions
-            new[spent] = draw(int(spent.sum()), n)
-        new = torch.linalg.qr(torch.addmm(new, new @ z[:end].mT, z[:end], alpha=-1).mT).Q.mT
+        near, whole = z[max(0, end - 2 * block) : end], y.norm()
+        new = y.addmm_(y @ near.mT, near, alpha=-1)
+        size = new.norm()
+        for _ in range(4):  # as a rule once: a row that keeps a fair part of its length is free of the space so far
+            q, r = torch.linalg.qr(torch.addmm(new, new @ z[:end].mT, z[:end], alpha=-1).mT)
+            new, lengths = q.mT, r.diagonal().abs()
+            if bool((lengths > 0.03 * size).all()):
+                break
+            spent = lengths <= 8 * torch.finfo(y.dtype).eps * whole
+            if bool(
+                spent.any()
+            ):  # the space is closed under W^T W (low rank, repeated values): go on from new directions
+                new[spent] = draw(int(spent.sum()), n) / n**0.5
+            size = whole = torch.ones_like(whole)
     return z, p
 
 
@@ -127,5 +135,6 @@ def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def all_finite(weight: Tensor) -> bool:
-    """One pass over a non-empty tensor: NaN and infinity show in its extremes."""
-    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
+    """One pass over a non-empty tensor: NaN and infinity survive in a sum. Finite numbers may overflow there, never in their extremes."""
+    weight = weight.detach()
+    return bool(weight.sum().isfinite()) or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
