@@ -19,6 +19,7 @@ from surefoot.nn.attacks import (
     attacking,
     checkpoints,
     decide,
+    margin,
     masking_diagnostics,
     pgd,
     pgd_train,
@@ -255,6 +256,22 @@ def test_square_begins_with_stripes_of_signs_for_each_channel_and_paints_each_ch
             row, column = changed.nonzero()[0].tolist()
             patterns.add(tuple((second[k, :, row, column] - 0.5).sign().tolist()))
     assert len(patterns) > 2  # one sign for all channels gives two
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.03), ("l2", 0.15)])
+def test_square_returns_the_best_of_all_it_asked_for(norm, eps):
+    model = nn.Sequential(nn.Flatten(), *net(64, 4).children())
+    watched, x = Watched(model), 0.2 + 0.6 * rand(20, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    found = square(watched, x, y, eps=eps, norm=norm, queries=40, early_stop=False, generator=generator(2))
+    with torch.no_grad():
+        asked = torch.stack([margin(model(seen.view_as(x)), y) for seen in watched.seen])
+        ours = model(found.x)
+    assert len(asked) == 41 and bool((asked[1:].argmax(0) > 3).any())
+    np.testing.assert_allclose(margin(ours, y), asked.amax(0), atol=1e-12)
+    np.testing.assert_allclose(found.loss, asked.amax(0), atol=1e-12)
+    assert torch.equal(found.broken, ours.argmax(1) != y) and 0 < found.broken.sum() < 20
 
 
 def test_square_in_l2_moves_the_budget_as_algorithm_3_says():
