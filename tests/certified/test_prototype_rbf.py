@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -607,3 +608,181 @@ def test_wrong_models_are_refused():
         last_linear(nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Softmax(1)), torch.rand(2, 1, 2, 2))
     with pytest.raises(Refused, match="closed form"):
         rbf.CBCRobustLoss(1.0)(ClassificationByComponents(3, 2, 2, kernel="gaussian"), torch.rand(2, 3), torch.tensor([0, 1]))  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- what a slip would change
+
+
+def test_limits_of_bisection():
+    """The same limits as the closed form's; where the answer is wrong, 0. Never above the truth: what it gives still has a margin."""
+    d = torch.full((1, 2), 0.5, dtype=F64)
+    zero = torch.tensor([0])
+
+    def radius(w0: float, c: float) -> float:
+        weights = torch.tensor([[w0, 0.0], [0.0, 0.0]], dtype=F64)
+        bias = torch.tensor([c, 0.0], dtype=F64)
+        return rbf.rbf_radius(-d.log(), weights, bias, 1.0, zero, method="bisect").item()
+
+    assert radius(1.0, 0.2) == math.inf
+    assert radius(1.0, 0.0) == math.inf
+    assert radius(0.0, 0.0) == 0.0
+    assert radius(-1.0, 1.2) == math.inf  # even d = 1 leaves a margin
+    assert radius(1.0, -0.2) == pytest.approx(math.log(0.5 / 0.2))
+    assert radius(1.0, -0.6) == 0.0
+    assert radius(-1.0, -0.1) == 0.0
+    assert radius(-1.0, 1.0) == pytest.approx(-math.log(0.5))  # reached where d = 1, at the component itself
+    head, x = random_head(3), 2 * normal(300, 5, seed=5)
+    report = rbf.cbc_radius(head, x, method="bisect")
+    finite = report.radius.isfinite() & (report.radius > 0)
+    rows = head.reasoning.linear()
+    for i in finite.nonzero().flatten()[:40].tolist():
+        t, y, dist = report.radius[i], int(report.prediction[i]), head.distances(x[i : i + 1])[0]
+        margins = []
+        for c in (k for k in range(4) if k != y):
+            gap = rows[0][:, y] - rows[0][:, c]
+            reached = torch.where(gap > 0, dist + t, (dist - t).clamp(min=0))
+            margins.append(((gap * torch.exp(-reached / 1.5)).sum() + rows[1][y] - rows[1][c]).item())
+        assert -1e-12 < min(margins) < 1e-9
+
+
+def test_certificates_read_the_evaluated_backbone_in_float64():
+    body: Any = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    body[1].running_mean.fill_(0.7)
+    body[1].running_var.fill_(9.0)
+    head, x = random_head(0).float(), torch.randn(30, 4, generator=generator(1))
+    kept = copy.deepcopy(body.state_dict())
+    still = rbf.cbc_radius(head, x, backbone=body.eval(), feature_space=True)
+    moving = rbf.cbc_radius(head, x, backbone=body.train(), feature_space=True)
+    assert torch.equal(still.radius, moving.radius) and body.training
+    assert all(torch.equal(v, kept[k]) for k, v in body.state_dict().items())
+    exact = copy.deepcopy(head).double()
+    assert next(head.parameters()).dtype == torch.float32
+    features = copy.deepcopy(body).double().eval()(x.double())
+    assert torch.equal(still.radius, rbf.cbc_radius(exact, features).radius)
+    assert still.radius.dtype == F64 and bool((still.radius.float().double() != still.radius).any())
+
+
+def test_the_space_of_a_deep_head_is_that_of_its_features():
+    head, maps = CBCHead(4, 3), torch.rand(5, 4, 2, 2)
+    assert rbf.cbc_radius(head, maps).space == "feature"
+    assert rbf.cbc_radius(head, maps, backbone=nn.Identity(), lipschitz=1.0).space == "input"
+    assert rbf.cbc_radius(random_head(0), normal(3, 5)).space == "input"
+
+
+def test_certified_accuracy_counts_right_answers_only():
+    head, x = random_head(1), 2 * normal(200, 5, seed=2)
+    y = torch.randint(4, (200,), generator=generator(0))
+    report = rbf.cbc_radius(head, x, y)
+    assert report.certified(0.0) == (head(x).argmax(1) == y).double().mean().item()
+    assert (report.radius[~report.correct] == 0).all() and (report.signed[~report.correct] <= 0).all()
+
+
+def test_robust_loss_by_hand():
+    """max(0, gamma - radius) cut at 2 gamma; points that are wrong add their margin loss."""
+    head, x = random_head(2), 0.8 * normal(60, 5, seed=1)
+    y = torch.randint(4, (60,), generator=generator(1))
+    signed = rbf.rbf_radius(head.distances(x), *head.reasoning.linear(), head.scale, y)
+    gamma, total, p = 0.3, 0.0, head(x)
+    assert (signed > gamma).any() and (signed < -gamma).any() and ((signed < 0) & (signed > -gamma)).any()
+    for i in range(60):
+        total += min(max(gamma - signed[i].item(), 0.0), 2 * gamma)
+        if signed[i] <= 0:
+            own = p[i, y[i]].item()
+            total += max(max(p[i, k].item() for k in range(4) if k != y[i]) - own + 0.2, 0.0)
+    assert rbf.CBCRobustLoss(gamma, margin=0.2)(head, x, y).item() == pytest.approx(total / 60)
+
+
+def test_alignment_holds_one_view_fixed():
+    first, second = (torch.softmax(normal(2, 4, 3, 3, seed=s), 1).requires_grad_() for s in (0, 1))
+    rbf.alignment_loss(first, second).backward()
+    expected = -second.detach() / (first * second).sum(1, keepdim=True).detach() / (2 * 9) / 2
+    assert first.grad is not None and torch.allclose(first.grad, expected)
+    seen = torch.rand(5, 3, generator=generator(0), dtype=F64)
+    assert rbf.presence_loss(seen).item() == pytest.approx(-seen.sum(0).tanh().log().mean().item())  # sum, not mean
+
+
+def test_seeds_of_kmeans_are_drawn_by_squared_distance():
+    """From 0, points at 1 and 3 are taken as 1 : 9, not 1 : 3."""
+    x, far = torch.tensor([[0.0], [1.0], [3.0]]), 0
+    for seed in range(600):
+        first = rbf.kmeans(x, 2, generator=generator(seed), rounds=1).flatten().sort().values
+        far += first.tolist() == [0.5, 3.0]  # 0 and 3 as seeds, or 1 and 3; then 0 and 1 share one
+    # the seeds (0, 1) end in [0, 2]; 1/3 of 1/10 begin at 0, and as many at 1 (1 : 4), none at 3 stay apart
+    expected = 1 - (1 / 3) * (1 / 10) - (1 / 3) * (1 / 5)
+    assert far / 600 == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 600))
+
+
+def test_treatment_uses_its_settings(monkeypatch):
+    from surefoot.certified.prototype_rbf import training as module
+
+    task = digits(917, sizes=(120, 40, 60))
+    model: Any = seeded_build(lambda: small_cnn((1, 8, 8), 10, widths=(4, 8)), generator(0))
+    treatment = PrototypeRBF(kernel="gaussian", variant="positive", per_class=1, margin=0.3, bonus=1.0)
+    changed, _ = treatment.prepare(model, task)
+    found = find_head(changed)
+    assert found is not None
+    head: Any = found[1].head
+    assert (head.kernel, head.reasoning.variant, len(head.components)) == ("gaussian", "positive", 10)
+    batch: Any = type("Batch", (), {"x": task.train.x, "y": task.train.labels, "step": 0, "steps": 10})()
+    p = changed(task.train.x).exp()
+    assert torch.allclose(treatment.loss(changed, batch), rbf.CBCMarginLoss(0.3)(p, task.train.labels))
+    body = without(changed.eval(), found[0])
+    gap = [torch.cdist(module._training_features(body, task.train.x), head.components).amin(1).median().item()]
+    gap.append(torch.cdist(body(task.train.x), head.components).amin(1).median().item())
+    assert gap[0] < gap[1]  # components lie where the features of training batches are, not of fresh running statistics
+    shallow = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    late = PrototypeRBF(target_radius=1.0, robust=0.4)
+    wrapped, _ = late.prepare(shallow, task)
+    kinds = []
+    monkeypatch.setattr(module.CBCRobustLoss, "forward", lambda self, head, x, y: kinds.append("robust") or head(x).sum())  # fmt: skip
+    monkeypatch.setattr(module.CBCMarginLoss, "forward", lambda self, p, y: kinds.append("margin") or p.sum())
+    for step in range(10):
+        batch.step = step
+        late.loss(wrapped, batch)
+    assert kinds == ["margin"] * 6 + ["robust"] * 4
+
+
+def test_the_instruments_numbers_are_those_of_the_certificate():
+    task = digits(918, sizes=(300, 60, 120)).changed(budget="quick")
+    shallow = Normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [0.3], [0.4])
+    model: Any = fit(shallow, task, Training(epochs=3, lr=0.03), [PrototypeRBF(per_class=1)]).model
+    finding = rbf.Components(radii=(0.05, 0.2)).measure(Subject(model, "d", "image", (1, 8, 8), 10), task)
+    split, found = task.sample("components", 100), find_head(model)
+    assert found is not None
+    x: Any = (split.x.double().flatten(1) - 0.3) / 0.4
+    report = rbf.cbc_radius(found[1], x, split.labels)
+    radius = report.radius * 0.4  # a normalised distance is 1/0.4 of a pixel's
+    assert finding.value == pytest.approx(radius.mean().item(), rel=1e-5)
+    for part, r in zip(finding.parts[1:], (0.05, 0.2), strict=True):
+        assert part.value == pytest.approx((report.correct & (radius >= r)).double().mean().item())
+    assert finding.details["mean_radius_paper"] == pytest.approx(0.4 * report.radius_paper.mean().item(), rel=1e-5)  # type: ignore[union-attr]  # fmt: skip
+    assert 0 < finding.parts[2].value < finding.parts[1].value < finding.parts[0].value
+    head: Any = found[1].head
+    present, absent = head.reasoning.strengths()
+    most = (present + absent).amax(1).argmax()
+    pixels = (head.components[most].detach().double() * 0.4 + 0.3).clamp(0, 1).view(8, 8)
+    picture: Any = finding.pictures[0]
+    drawn = torch.from_numpy(picture.images[0]).double()
+    assert (drawn - (255 * pixels).round()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ClassificationByComponents.from_data(torch.rand(4, 3), torch.tensor([0, 0, 1, 2]), 2), r"\[0, 2\)"),
+        (lambda: ClassificationByComponents.from_data(torch.rand(4, 3), torch.tensor([0, 0, 1]), 2), "per row"),
+        (lambda: ClassificationByComponents.from_data(torch.rand(4, 3), torch.rand(4), 2), "int64"),
+        (lambda: rbf.rbf_radius(torch.ones(1, 2), torch.eye(2) * math.nan, torch.zeros(2), 1.0, torch.tensor([0])), "weights"),
+    ],
+)  # fmt: skip
+def test_more_bad_input(call, words):
+    with pytest.raises(InvalidInput, match=words):
+        call()
+
+
+def test_a_probability_of_zero_has_a_finite_logarithm():
+    class Zero(CBCHead):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(features), 3)
+
+    assert torch.isfinite(ComponentLogits(Zero(4, 3))(torch.rand(2, 4, 1, 1))).all()

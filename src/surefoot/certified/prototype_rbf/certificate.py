@@ -91,6 +91,7 @@ def _check(
     check(distances.dim() == 2 and weights.shape[:1] == distances.shape[1:], f"distances [B, K] and weights [K, C] must agree, got {list(distances.shape)} and {list(weights.shape)}.")  # fmt: skip
     check(bias.shape == weights.shape[1:] and len(bias) >= 2, f"bias must be [C] with C at least 2, got {list(bias.shape)} beside weights {list(weights.shape)}.")  # fmt: skip
     check(bool(torch.isfinite(distances).all() and (distances >= 0).all()), "distances must be finite and not negative.")  # fmt: skip
+    check(bool(torch.isfinite(weights).all() and torch.isfinite(bias).all()), "weights and bias must be finite, got NaN or infinity.")  # fmt: skip
     check(y.dtype == torch.int64 and y.shape == distances.shape[:1], f"y must be int64 [B], got {y.dtype} {list(y.shape)}.")  # fmt: skip
     check(len(y) == 0 or (int(y.min()) >= 0 and int(y.max()) < len(bias)), f"y must lie in [0, {len(bias)}).")
     scale = torch.as_tensor(scale, dtype=distances.dtype, device=distances.device)
@@ -221,7 +222,8 @@ def cbc_radius(
     signed, correct = signed / by, prediction == target
     radius = signed.clamp_min(0).where(correct, 0.0)
     paper = None if paper is None else (paper / by).clamp_min(0).where(correct, 0.0).cpu()
-    space = "feature" if feature_space else "input"
+    maps = isinstance(head, CBCHead) and backbone is None and lipschitz is None  # what a deep head gets are features
+    space = "feature" if feature_space or maps else "input"
     return RadiusReport(prediction.cpu(), correct.cpu(), radius.cpu(), signed.cpu(), paper, space)
 
 

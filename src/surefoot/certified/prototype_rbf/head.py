@@ -135,6 +135,7 @@ class ClassificationByComponents(nn.Module):
         """
         check(x.dim() == 2 and x.is_floating_point(), f"x must be floating point vectors [N, F], got {x.dtype} {list(x.shape)}; flatten images first.")  # fmt: skip
         check(bool(torch.isfinite(x).all()), "x must be finite, got NaN or infinity.")
+        check(y.dtype == torch.int64 and y.shape == x.shape[:1] and bool(((y >= 0) & (y < num_classes)).all()), f"y must hold one int64 class in [0, {num_classes}) per row of x.")  # fmt: skip
         check((per_class is None) != (num_components is None), "Give per_class or num_components, one of the two.")
         source = generator if generator is not None else torch.Generator().manual_seed(0)
         if per_class is None:
