@@ -597,3 +597,218 @@ def test_constants_of_another_checkpoint_are_refused():
     model: Any = random_model(0)
     model.fusion.a.data *= 2  # step 2 may move a: T does not depend on it
     crmt.multimodal_radius(model, normal(2, 8), torch.tensor([0, 1]), constants())
+
+
+# --- what a plausible slip would change -------------------------------------------------------------------------------
+
+
+def moody(seed: int = 0) -> MultiModalClassifier:
+    """Encoders with batch-norm whose statistics are far from those of a batch: training mode is another function."""
+
+    def build() -> MultiModalClassifier:
+        encoders = [nn.Sequential(nn.Linear(n, 6), nn.BatchNorm1d(6), nn.Tanh()) for n in (5, 3)]
+        return MultiModalClassifier(encoders, OrthogonalFusion([6, 6], 4, a_init=1.0), [[5], [3]])
+
+    model: Any = seeded_build(build, generator(seed)).double()
+    for encoder in model.encoders:
+        encoder[1].running_mean.fill_(0.3)
+        encoder[1].running_var.fill_(4.0)
+    model.fusion.a.data = torch.tensor([[1.0, 0.5, 2.0, 1.0], [0.2, 1.0, 0.7, 0.4]], dtype=F64)
+    return model.train()
+
+
+def test_theory_and_step_two_are_of_the_evaluated_model():
+    model, x = moody(), normal(40, 8)
+    y, kept = model.eval()(x).argmax(1), copy.deepcopy(model.state_dict())
+    still = crmt.estimate_lipschitz(model, [x])
+    radius = crmt.multimodal_radius(model, x, y, crmt.estimate_lipschitz(model, [x], "product"))
+    liked = crmt.modality_preference(model, x, y, still)
+    moved = crmt.joint_adversary(model, x, y, eps=0.5)
+    model.train()
+    moving = crmt.estimate_lipschitz(model, [x])
+    assert torch.equal(still.logits, moving.logits)
+    again = crmt.multimodal_radius(model, x, y, crmt.estimate_lipschitz(model, [x], "product"))
+    assert torch.equal(radius.radius, again.radius) and bool((radius.radius > 0).all())
+    assert crmt.modality_preference(model, x, y, moving) == liked
+    assert torch.equal(crmt.joint_adversary(model, x, y, eps=0.5), moved)
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())  # no batch was counted
+    crmt.integrate(model, (x, y), moving, epochs=1, generator=generator())
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, kept[k])}
+    assert changed == {"fusion.a"} and model.training
+
+
+def test_step_two_is_the_loop_of_the_paper():
+    model, x, g = moody().eval(), normal(30, 8), generator(3)
+    y = model(x).argmax(1)
+    constants = crmt.estimate_lipschitz(model, [x])
+    fusion: Any = model.fusion
+    a, z, b = fusion.a.detach().clone(), [u.detach() for u in model.both(x)[0]], fusion.bias.detach()
+    norm, velocity, t = a.norm(), torch.zeros_like(a), constants.logits
+    crmt.integrate(model, (x, y), constants, lr=0.05, epochs=3, batch_size=11, generator=generator(3))
+    for _ in range(3):
+        for pick in torch.randperm(30, generator=g).split(11):
+            a.requires_grad_()
+            h = sum(a[m] * z[m][pick] for m in range(2)) + b
+            rows, own = torch.arange(len(pick)), y[pick]
+            rival = h.detach().scatter(1, own[:, None], -torch.inf).argmax(1)
+            reach = sum((a[m, own].abs() * t[m, own] + a[m, rival].abs() * t[m, rival]) ** 2 for m in range(2)) ** 0.5
+            mean = ((h[rows, own] - h[rows, rival]) / reach).mean()
+            slope = -torch.autograd.grad(mean, a)[0] + 1e-2 * a.detach()
+            with torch.no_grad():
+                velocity = 0.9 * velocity + slope
+                a = a - 0.05 * velocity
+                a = a * norm / a.norm()
+    assert torch.allclose(fusion.a, a, rtol=1e-9)
+
+
+def test_preference_by_hand():
+    """Margins carry their weights a; shares of the reach are averaged over examples, at the rival of the whole model."""
+    model, x = moody().eval(), normal(50, 8)
+    y = (model(x).argmax(1) + torch.arange(50) % 2) % 4  # half of them wrong
+    constants = crmt.estimate_lipschitz(model, [x])
+    got = crmt.modality_preference(model, x, y, constants)
+    with torch.no_grad():
+        z, h = model.both(x)
+        a: Any = model.fusion.integration()
+        margins, shares, right = torch.zeros(2, 50, dtype=F64), torch.zeros(2, 50, dtype=F64), [0, 0]
+        for i in range(50):
+            own = int(y[i])
+            rival = max((k for k in range(4) if k != own), key=lambda k: h[i, k].item())
+            reach = [(a[m, own].abs() * constants.logits[m, own] + a[m, rival].abs() * constants.logits[m, rival]).item() for m in range(2)]  # fmt: skip
+            for m in range(2):
+                margins[m, i] = a[m, own] * z[m][i, own] - a[m, rival] * z[m][i, rival]
+                shares[m, i] = reach[m] / sum(reach)
+                right[m] += int(z[m][i].argmax() == own)
+    assert got.margin == pytest.approx(margins.mean(1).tolist())
+    assert got.vulnerability == pytest.approx(shares.mean(1).tolist())
+    assert got.accuracy == pytest.approx([r / 50 for r in right])
+    assert got.preferred == int(shares.mean(1).argmax())
+
+
+def test_mixed_cross_entropy_has_both_labels():
+    z, y, other = [normal(8, 5, seed=s) for s in (1, 2)], torch.arange(8) % 5, torch.arange(8) % 3
+    h, cross = z[0] + z[1], nn.functional.cross_entropy
+    expected = 0.3 * cross(h, y) + 0.7 * cross(h, other) + 2 * crmt.mixed_margin_term(z, y, other, 0.3).mean()
+    assert torch.allclose(CRMTLoss(2.0)(z, h, y, other, 0.3), expected)
+
+
+def test_the_treatments_loss_is_what_its_settings_say():
+    """Mixed inputs go with the partners' labels, adversarial ones are the joint adversary's, and rho weighs the margins."""
+    model, x, y = moody().eval(), normal(20, 8), torch.arange(20) % 4
+    batch: Any = type("Batch", (), {"x": x, "y": y, "generator": generator(5)})()
+    z, h = model.both(x)
+    assert torch.allclose(CRMT(rho=0.7).loss(model, batch), CRMTLoss(0.7)(z, h, y))
+    g = generator(5)
+    share, partner = float(torch.rand((), generator=g)), torch.randperm(20, generator=g)
+    z, h = model.both(share * x + (1 - share) * x[partner])
+    assert torch.allclose(CRMT(mixup=True).loss(model, batch), CRMTLoss(2.0)(z, h, y, y[partner], share))
+    z, h = model.both(crmt.joint_adversary(model, x, y, eps=0.4))
+    assert torch.allclose(CRMT(adversarial=0.4).loss(model, batch), CRMTLoss(2.0)(z, h, y))
+
+
+def test_finish_integrates_with_what_stands_before_the_model():
+    task = small_task()
+    mean, std = task.train.x.mean(0), task.train.x.std(0).clamp_min(0.1)
+    model: Any = Normalized(small_model(), mean, std, dims=0)
+    trained: Any = fit(model, task, Training(epochs=3), [CRMT(integrate_lr=0.0)]).model
+    twin = copy.deepcopy(trained)
+    CRMT(integrate_lr=0.02, integrate_epochs=2).finish(trained, task)
+    assert not torch.equal(trained.model.fusion.a, twin.model.fusion.a)
+    seen = [((s.x - mean) / std, s.labels) for s in (task.train, task.valid)]
+    constants = crmt.estimate_lipschitz(twin.model, list(seen[0][0].split(256)))
+    crmt.integrate(twin.model, seen[0], constants, valid=seen[1], lr=0.02, epochs=2, generator=task.generator("crmt/integrate"))  # fmt: skip
+    assert torch.allclose(trained.model.fusion.a, twin.model.fusion.a, rtol=1e-5)
+
+
+def test_one_step_is_the_whole_radius_and_restarts_stay_in_their_modality(monkeypatch):
+    from surefoot.certified.crmt import robustness as module
+
+    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+    real = module.pgd
+
+    def spy(model, x, y, **options):
+        calls.append((x, options))
+        return real(model, x, y, **options)
+
+    monkeypatch.setattr(module, "pgd", spy)
+    model, x = random_model(2), normal(30, 8)
+    y = model(x).argmax(1)
+    crmt.attack_modalities(model, x, y, (1,), 0.05, steps=1, generator=generator())
+    crmt.attack_modalities(model, x, y, (1,), 0.05, steps=2, restarts=3, generator=generator())
+    assert [options["step_size"] for _, options in calls] == [0.05, None, None, None]
+    assert [options["loss"] for _, options in calls] == ["ce", "ce", "margin", "ce"]
+    for given, options in calls:
+        moved = options["start"] - given
+        assert not options["random_start"] and (moved[:, :5] == 0).all()
+        assert ((moved.norm(dim=1) < 1e-12) | ((moved.norm(dim=1) - 0.05).abs() < 1e-9)).all()
+    assert (calls[0][1]["start"] == calls[0][0]).all() and (calls[2][1]["start"] != calls[2][0]).any()
+
+
+def test_dependent_rows_stay_finite():
+    raw = normal(4, 7).float()
+    raw[1] = raw[0]
+    raw.requires_grad_()
+    rows = orthonormal_rows(raw)
+    rows.square().sum().backward()
+    assert rows.abs().max() < 10 and raw.grad is not None and torch.isfinite(raw.grad).all()
+    assert orthonormal_rows(normal(3, 5)).dtype == F64
+    assert torch.allclose(orthonormal_rows(normal(3, 5)) @ orthonormal_rows(normal(3, 5)).T, torch.eye(3, dtype=F64), atol=1e-12)  # fmt: skip
+
+
+def test_the_instrument_certifies_in_the_scale_of_the_data_or_not_at_all():
+    task = small_task()
+    inner = fit(small_model(), task, Training(epochs=12, lr=3e-3), [CRMT()]).model
+    subject = Subject(inner, "two views", "vector", (104,), 10, bounds=None)
+    finding = crmt.Modalities(radius=0.02, restarts=1).measure(subject, task)
+    proven = [p for p in finding.parts if p.name.startswith("certified")]
+    split = task.sample("modalities", 100)
+    constants = crmt.estimate_lipschitz(inner, [split.x[:1]], "product")
+    for m, part in enumerate(proven):
+        found = crmt.multimodal_radius(inner, split.x, split.labels, constants, [m])
+        assert part.samples is not None and part.samples.tolist() == (found.radius >= 0.02).double().tolist()
+    assert 0 < proven[0].value < 1
+    before = Normalized(
+        inner, torch.zeros(104), torch.full((104,), 0.5), dims=0
+    )  # constants of the encoders are half the truth
+    names = [p.name for p in crmt.Modalities(radius=0.02, restarts=1).measure(subject.with_model(before), task).parts]
+    assert not any("certified" in name for name in names)
+
+
+def test_the_instrument_keeps_to_the_range_of_the_data(monkeypatch):
+    from surefoot.certified.crmt import instrument as module
+
+    seen: list[Any] = []
+    real = module.evaluate_multimodal
+    monkeypatch.setattr(module, "evaluate_multimodal", lambda *a, **k: seen.append(k["bounds"]) or real(*a, **k))
+    task = small_task()
+    crmt.Modalities(restarts=1).measure(Subject(small_model(), "m", "vector", (104,), 10, bounds=(-2.0, 2.0)), task)
+    assert seen == [(-2.0, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: crmt.attack_modalities(random_model(0), normal(2, 8), torch.tensor([0, 1]), [2], 0.1, generator=generator()), "modalities"),
+        (lambda: crmt.attack_modalities(random_model(0), normal(2, 8), torch.tensor([0, 1]), [], 0.1, generator=generator()), "modalities"),
+        (lambda: crmt.evaluate_multimodal(random_model(0), normal(2, 8), torch.tensor([0]), (0.1,), generator=generator()), "y must"),
+        (lambda: crmt.modality_preference(random_model(0), normal(2, 8), torch.tensor([0, 9]), constants()), "y must"),
+    ],
+)  # fmt: skip
+def test_more_bad_input(call, words):
+    with pytest.raises(InvalidInput, match=words):
+        call()
+
+
+def test_every_use_of_constants_asks_whose_they_are():
+    x, y = normal(4, 8), torch.tensor([0, 1, 2, 3])
+    model: Any = random_model(0)
+    model.fusion.raw[0].data[0, 0] += 0.5  # the same encoders, another matrix
+    for use in (
+        lambda: crmt.multimodal_radius(model, x, y, constants()),
+        lambda: crmt.modality_preference(model, x, y, constants()),
+        lambda: crmt.integrate(model, (x, y), constants(), generator=generator()),
+    ):
+        with pytest.raises(Refused, match="other weights"):
+            use()
+    once, twice = (crmt.multimodal_radius(random_model(0), x, y, constants(), m) for m in ([1], [1, 1]))
+    assert torch.equal(once.signed, twice.signed)

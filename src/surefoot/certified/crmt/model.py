@@ -86,7 +86,8 @@ class _InverseRoot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gram: Tensor) -> Tensor:  # type: ignore[override]
         values, vectors = torch.linalg.eigh(gram)
-        root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        least = torch.finfo(values.dtype).eps * values[-1]  # dependent rows stay finite; they cannot be orthonormal
+        root = values.clamp_min(least).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
         ctx.save_for_backward(root, vectors)
         return (vectors / root) @ vectors.T
 

@@ -132,13 +132,11 @@ def multimodal_radius(
     _, known = classifier_in(model)
     wide = copy.deepcopy(known).double()
     count, classes = len(known.shapes), known.fusion.bias.shape[0]
-    chosen = tuple(range(count)) if modalities is None else tuple(modalities)
+    chosen = tuple(range(count)) if modalities is None else tuple(dict.fromkeys(modalities))
     check(len(chosen) > 0 and set(chosen) <= set(range(count)), f"modalities must be among 0..{count - 1}, got {chosen}.")  # fmt: skip
-    check(y.dtype == torch.int64 and y.shape == x.shape[:1] and bool(((y >= 0) & (y < classes)).all()), f"y must be int64 [B] with classes in [0, {classes}).")  # fmt: skip
+    _check_labels(y, x, classes)
     check(bool(torch.isfinite(x).all()), "x must be finite, got NaN or infinity.")
-    _check_constants(lipschitz.logits, count, classes)
-    if lipschitz.model != fingerprint(known):
-        raise Refused("These Lipschitz constants belong to other weights; estimate them again for this model.")
+    check_lipschitz(lipschitz, known)
     tight = lipschitz.encoders is not None if tight_pairs is None else tight_pairs
     if tight and lipschitz.encoders is None:
         raise Refused('tight_pairs needs the encoders\' constants; use estimate_lipschitz(..., method="product").')
@@ -162,6 +160,18 @@ def multimodal_radius(
     return MultiModalRadius(signed.clamp_min(0), signed, rival, lipschitz.method == "product", chosen)
 
 
+def check_lipschitz(lipschitz: Lipschitz, model: MultiModalClassifier) -> None:
+    """The constants must be of this model's encoders and matrices, and usable."""
+    _check_constants(lipschitz.logits, len(model.shapes), model.fusion.bias.shape[0])
+    if lipschitz.model != fingerprint(model):
+        raise Refused("These Lipschitz constants belong to other weights; estimate them again for this model.")
+
+
+def _check_labels(y: Tensor, x: Tensor, classes: int) -> None:
+    good = y.dtype == torch.int64 and y.shape == x.shape[:1] and bool(((y >= 0) & (y < classes)).all())
+    check(good, f"y must be int64 [B] with classes in [0, {classes}).")
+
+
 def _check_constants(constants: Tensor, modalities: int, classes: int) -> None:
     check(constants.shape == (modalities, classes), f"Lipschitz constants must be [{modalities}, {classes}], got {list(constants.shape)}.")  # fmt: skip
     check(bool((constants > 0).all() and torch.isfinite(constants).all()), "Lipschitz constants must be positive and finite.")  # fmt: skip
@@ -182,11 +192,12 @@ class PreferenceReport:
 def modality_preference(model: nn.Module, x: Tensor, y: Tensor, lipschitz: Lipschitz) -> PreferenceReport:
     """Margins and the indicator eta^m = a^m T^m of each modality, on a labelled set `[B, n]`."""
     _, known = classifier_in(model)
+    check_lipschitz(lipschitz, known)
+    _check_labels(y, x, known.fusion.bias.shape[0])
     with evaluating(known):
         uni, logits = known.both(x)
     rival = logits.scatter(1, y[:, None], -torch.inf).argmax(1)
     a, rows = known.fusion.integration(), torch.arange(len(y), device=y.device)
-    _check_constants(lipschitz.logits, len(uni), logits.shape[1])
     z = torch.stack(uni)
     scaled = a.unsqueeze(1) * z
     margin = (scaled[:, rows, y] - scaled[:, rows, rival]).mean(1)
@@ -236,6 +247,7 @@ def attack_modalities(
     check_positive("radius", radius)
     check_at_least("restarts", restarts, 1)
     shapes = shapes_of(model, x.shape[1:])
+    check(len(modalities) > 0 and set(modalities) <= set(range(len(shapes))), f"modalities must be among 0..{len(shapes) - 1}, got {tuple(modalities)}.")  # fmt: skip
     held = Held(model, shapes, modalities)
     broken = torch.zeros(len(x), dtype=torch.bool)
     for restart in range(restarts):
@@ -293,6 +305,7 @@ def evaluate_multimodal(
     logits = predict(model, x)
     if not bool(torch.isfinite(logits).all()):
         raise InvalidInput("The model's logits must be finite, got NaN or infinity.")
+    _check_labels(y, x, logits.shape[1])
     reach = [Held(model, shapes, [m]).reach.to(x.device) for m in range(len(shapes))]
     filling = torch.as_tensor(fill, dtype=x.dtype, device=x.device).expand(x.shape[1])
     missing = tuple(predict(model, torch.where(mask, filling, x)).argmax(1) == y.cpu() for mask in reach)

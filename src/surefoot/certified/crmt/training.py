@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.certified.crmt.model import MultiModalClassifier, OrthogonalFusion, classifier_in, shapes_of
-from surefoot.certified.crmt.robustness import Lipschitz, estimate_lipschitz, published_radius
+from surefoot.certified.crmt.robustness import Lipschitz, check_lipschitz, estimate_lipschitz, published_radius
 from surefoot.core.task import Task
 from surefoot.core.treatment import Batch, Treatment
 from surefoot.errors import Refused, check, check_at_least, check_choice, check_non_negative, check_positive
@@ -110,6 +110,7 @@ def integrate(
     if not isinstance(fusion, OrthogonalFusion):
         raise Refused("Step 2 moves the integration weights of an OrthogonalFusion; this model's head has none.")
     check_positive("lr", lr)
+    check_lipschitz(lipschitz, known)
     with torch.no_grad(), evaluating(known):
         z = [torch.stack(known.both(x)[0]) for x in (train[0], *(() if valid is None else (valid[0],)))]
     y, bias, constants = train[1], fusion.bias.detach(), lipschitz.logits.to(fusion.a)
