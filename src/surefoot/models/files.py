@@ -6,9 +6,11 @@ What cannot be read is one sentence that names the file. `surefoot.models.loadin
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +26,9 @@ def read_weights(path: Path, *, trust: bool = False) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns at length of pickles that it then refuses
+            state = torch.load(path, map_location="cpu", weights_only=not trust)
     except SafetensorError as error:
         raise InvalidInput(f"{path} is not a valid safetensors file ({error}); save it again.") from error
     except pickle.UnpicklingError as error:
@@ -82,7 +86,10 @@ class Frozen(nn.Module):
         for part in x.split(self.batch_size):
             short = self.batch_size - len(part)
             padded = torch.cat([part, part[-1:].expand(short, *part.shape[1:])]) if short else part
-            parts.append(self.program(padded)[: len(part)])
+            answer = self.program(padded)
+            if not isinstance(answer, Tensor):
+                return answer  # a tuple, say: whoever asks for logits says what is wrong with it
+            parts.append(answer[: len(part)])
         return torch.cat(parts)
 
 
@@ -92,14 +99,55 @@ def load_exported(path: Path) -> tuple[nn.Module, tuple[int, ...]]:
         program = torch.export.load(path)
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         names = set(program.graph_signature.user_inputs)
-        example = next(n.meta["val"] for n in placeholders if n.name in names)
+        inputs = [n.meta["val"] for n in placeholders if n.name in names]
     except Exception as error:  # torch.export.load raises whatever its parts raise on a malformed archive
         raise InvalidInput(
             f"{path} cannot be read as a torch.export program ({first_line(error)}); export it again."
         ) from error
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].dim() < 1:
+        raise InvalidInput(f"{path} takes {len(inputs)} inputs; a classifier takes one, a batch of examples.")
+    _check_evaluating(path, {part for n in program.graph.nodes if (part := _trains(n))})
+    example = inputs[0]
     batch = example.shape[0]
     module = Frozen(program.module(), batch if isinstance(batch, int) else None)
     return module, tuple(int(s) for s in example.shape[1:])
+
+
+def _trains(node: Any) -> str | None:
+    """What an exported operation does as in training, if anything: dropping at random, or normalising by the batch."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return None
+    given = dict(zip((a.name for a in schema.arguments), node.args)) | dict(node.kwargs)
+    return _training_part(
+        schema.name, given.get("train", given.get("training")), given.get("p"), given.get("running_mean")
+    )
+
+
+def _training_part(operation: str, training: object, p: object, running_mean: object) -> str | None:
+    if training is not True:
+        return None
+    if "dropout" in operation and p != 0:
+        return "dropout"
+    return "batch norm" if "batch_norm" in operation and running_mean is not None else None
+
+
+def _check_evaluating(path: Path, parts: set[str]) -> None:
+    """A program frozen in training mode answers at random, or by its batch; no flag can put that right."""
+    check(not parts, f"{path} was frozen in training mode ({' and '.join(sorted(parts))} still at work); call model.eval() and export it again.")  # fmt: skip
+
+
+def _scripted_in_training(program: Any) -> set[str]:
+    """The same for TorchScript: constants that a trace of a training model leaves behind."""
+    graph, found = program.inlined_graph, set()
+    for operation in ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"):
+        for _, p, training in (list(node.inputs()) for node in graph.findAllNodes(operation)):
+            found.add(_training_part(operation, training.toIValue(), p.toIValue(), None))
+    for node in graph.findAllNodes("aten::batch_norm"):
+        _, _, _, running_mean, _, training, *_ = node.inputs()
+        mean = None if running_mean.node().mustBeNone() else running_mean
+        found.add(_training_part("aten::batch_norm", training.toIValue(), None, mean))
+    return found - {None}
 
 
 def load_script(path: Path, *, trust: bool) -> nn.Module:
@@ -113,9 +161,11 @@ def load_script(path: Path, *, trust: bool) -> nn.Module:
         raise InvalidInput(f"{path} is neither TorchScript nor another archive of torch's; if it is a pickle you trust, pass --trust.") from error  # fmt: skip
     if scripted:
         try:
-            return Frozen(torch.jit.load(path, map_location="cpu").eval())
+            program = torch.jit.load(path, map_location="cpu").eval()
         except (RuntimeError, OSError) as error:
             raise InvalidInput(f"{path} cannot be read as TorchScript ({first_line(error)}); save it again.") from error
+        _check_evaluating(path, _scripted_in_training(program))
+        return Frozen(program)
     if trust:
         return _load_pickle(path)
     raise InvalidInput(

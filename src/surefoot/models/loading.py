@@ -7,6 +7,7 @@ Weights are read with safetensors or `weights_only=True`; a pickle is refused un
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,15 @@ def _call_factory(reference: str, input_shape: tuple[int, ...] | None, num_class
 
     known = {"input_shape": input_shape, "num_classes": num_classes}
     try:
-        model = call_with_known(load_callable(reference), **{k: v for k, v in known.items() if v is not None})
+        function = load_callable(reference)
+        if isinstance(function, nn.Module):
+            raise InvalidInput(f"{reference} is a model itself; name a function that makes one.")
+        asked = inspect.signature(function).parameters.get("num_classes")
+        if num_classes is None and asked is not None and asked.default is inspect.Parameter.empty:
+            raise InvalidInput(
+                f"{reference} needs num_classes, and data without labels do not tell it; give it a default."
+            )
+        model = call_with_known(function, **{k: v for k, v in known.items() if v is not None})
     except SurefootError:
         raise
     except Exception as error:
@@ -194,8 +203,11 @@ def load_model(
     `model`: an embedded name (untrained), `efficientnet_lite0`, a folder written by `surefoot harden` (use `load_saved`),
     `file.py:factory` with `weights`, a `.pt2` of torch.export, or a TorchScript file.
     """
-    shape, classes = (None, None) if task is None else (task.input_shape, task.num_classes)
+    shape, classes = (None, None) if task is None else (task.input_shape, task.num_classes or None)
     path = Path(model).expanduser()
+    if weights is not None:
+        own = model == EFFICIENTNET or path.suffix in (".pt", ".pt2", ".pth")
+        check(not own, f"{model} brings its own weights; leave --weights away, or give file.py:factory as MODEL.")
     if model == EFFICIENTNET:
         return efficientnet_lite0(pretrained=True), {"kind": EFFICIENTNET}, True
     if model in EMBEDDED:
@@ -220,6 +232,7 @@ def load_model(
         known = {"input_shape": list(shape or ()), "num_classes": classes}
         return network, {"kind": "factory", "reference": reference} | known, True
     check(path.is_file(), f"MODEL {model!r} is neither an embedded name ({', '.join(EMBEDDED)}, {EFFICIENTNET}), a saved folder, file.py:factory, nor an existing file.")  # fmt: skip
+    check(path.suffix != ".py", f"{path} is a Python file; name the function in it that makes the model, {path}:NAME.")
     if path.suffix == ".pt2":
         network, _ = load_exported(path)
         return network, {"kind": "export", "path": str(path)}, True
@@ -235,10 +248,15 @@ def as_subject(model: nn.Module, name: str, task: Task) -> Subject:
     """Try the model on one example of the task, and wrap it; every mismatch is one sentence."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
+    examples = task.test.x[:2].to(device)
+    given = examples.clone()
     try:
         with evaluating(model):
-            logits = model(task.test.x[:2].to(device))
+            logits = model(given)
     except Exception as error:
+        weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), examples.dtype)
+        if weights != examples.dtype:
+            raise InvalidInput(f"The model {name} holds {_plain(weights)} weights and the data are {_plain(examples.dtype)}; convert the model with .float().") from error  # fmt: skip
         raise InvalidInput(
             f"The model {name} fails on inputs of shape {task.input_shape} ({first_line(error)}); check that model and data fit."
         ) from error
@@ -248,7 +266,16 @@ def as_subject(model: nn.Module, name: str, task: Task) -> Subject:
             f"The model {name} returns {got} for a batch of 2; a classifier returns logits [batch, classes]."
         )
     check(bool(torch.isfinite(logits).all()), f"The model {name} returns NaN or infinite logits; check its weights.")
+    untouched = torch.equal(given.nan_to_num(), examples.nan_to_num())
+    check(untouched, f"The model {name} writes into its input, which would change the data while they are measured; let it work on a copy (no in-place operation on x).")  # fmt: skip
     classes = int(logits.shape[1])
+    labels = [split.y for split in (task.train, task.valid, task.test) if split.y is not None and len(split)]
+    first = min((int(y.min()) for y in labels), default=0)
+    check(not (first == 1 and classes == task.num_classes - 1), f"The model {name} has {classes} outputs and the labels run from 1 to {classes}; count classes from 0.")  # fmt: skip
     check(classes >= task.num_classes, f"The model {name} has {classes} outputs and the data {task.num_classes} classes; check that they belong together.")  # fmt: skip
     names = task.class_names if len(task.class_names) == classes else ()
     return Subject(model, name, task.modality, task.input_shape, classes, task.bounds, names)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
