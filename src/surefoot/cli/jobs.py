@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from surefoot.errors import InvalidInput, check
 from surefoot.harden import Hardened, harden
 from surefoot.models.loading import EFFICIENTNET, as_subject, load_exported, load_model, load_saved, read_facts
 from surefoot.report import write_audit_report, write_evidence_page, write_harden_report
+from surefoot.report.page import plain
 from surefoot.training.loop import fit
 
 
@@ -63,9 +65,11 @@ def load_source(source: Source) -> Loaded:
     """Model and data together: each says what the other must look like."""
     import torch
 
+    for name, given in (("MODEL", source.model), ("--data", source.data)):
+        check(bool(given.strip()), f"{name} is empty; name a {'model' if name == 'MODEL' else 'data set'}.")
     try:
         device = torch.device(source.device)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise InvalidInput(
             f"device {source.device!r} cannot be used here; give cpu, or cuda where there is a GPU."
@@ -73,6 +77,7 @@ def load_source(source: Source) -> Loaded:
     path = Path(source.model).expanduser()
     saved = path.is_dir() or path.name == "model.json"
     shape, names = None, ()
+    check(not saved or source.weights is None, f"{source.model} is a saved model and brings its own weights; leave --weights away.")  # fmt: skip
     if saved:
         facts = read_facts(path if path.is_dir() else path.parent)
         shape, names = tuple(facts["input_shape"]), tuple(facts.get("class_names", ()))
@@ -100,6 +105,18 @@ def load_source(source: Source) -> Loaded:
     return Loaded(subject, task, recipe, trained)
 
 
+def usable_folder(folder: Path, option: str = "--out") -> None:
+    """A folder that cannot be written is told of before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"{option} {folder} cannot be written to ({error.strerror}); name another folder."
+        ) from error
+
+
 def _name(model: str) -> str:
     return Path(model).name if ("/" in model or "." in model) else model
 
@@ -110,6 +127,7 @@ def choose_instruments(only: str | None) -> list[Instrument]:
     if only is None:
         return everything
     wanted = [w.strip() for w in only.split(",") if w.strip()]
+    check(bool(wanted), "--only names nothing; name an instrument, or leave the option away.")
     chosen = []
     families = {i.slug: type(i).__module__.split(".")[1] for i in everything}
     for word in wanted:
@@ -142,6 +160,7 @@ def _train_control(loaded: Loaded, training: Training, console: Console) -> Subj
 def run_audit(source: Source, *, only: str | None, out: Path, as_json: bool) -> None:
     console = _err()
     instruments = choose_instruments(only)
+    usable_folder(out)
     loaded = load_source(source)
     subject = loaded.subject
     if not loaded.trained:
@@ -156,7 +175,7 @@ def run_audit(source: Source, *, only: str | None, out: Path, as_json: bool) -> 
         )
     page = write_audit_report(result, out)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=1))
+        print(json.dumps(plain(result.to_dict()), indent=1))
     else:
         print_audit(result, console)
         console.print(f"\nReport: {page}")
@@ -188,6 +207,7 @@ def run_harden(
     console = _err()
     treatments = [catalog.make_treatment(part) for part in catalog.split_stack(stack)]
     instruments = choose_instruments(only)
+    usable_folder(out)
     loaded = load_source(source)
     task = loaded.task
     if label_noise > 0:
@@ -221,7 +241,7 @@ def run_harden(
     checkpoint.unlink(missing_ok=True)
     page = write_harden_report(result, out)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=1))
+        print(json.dumps(plain(result.to_dict()), indent=1))
     else:
         print_hardened(result, console)
         console.print(f"\nModel: {out / 'model'}\nReport: {page}")
@@ -232,7 +252,6 @@ def _checkpoint(out: Path, source: Source, stack: str, training: Training, label
     import hashlib
 
     key = hashlib.sha256(repr((source, stack, training, label_noise)).encode()).hexdigest()[:12]
-    out.mkdir(parents=True, exist_ok=True)
     return out / f"training-{key}.pt"
 
 
@@ -275,6 +294,8 @@ def run_trial_job(
     from surefoot.core.engine import load_trial, run_trial
     from surefoot.core.evidence import to_dict, write_evidence
 
+    if evidence is not None:
+        usable_folder(evidence, "--evidence")
     method = catalog.find(slug)
     protocol = load_trial(method.name)
     console = _err()
@@ -331,5 +352,7 @@ def _metrics(arms: Any) -> Sequence[str]:
 
 
 def write_evidence(out: Path) -> None:
+    usable_folder(out.parent, "--out in")
+    check(not out.is_dir(), f"--out {out} is a folder; name the HTML file to write.")
     page = write_evidence_page(out)
     _err().print(f"Evidence: {page}")
