@@ -129,7 +129,7 @@ def failure_rate(level, trials, n, p_left, p_right):
     """How often a bound at `level` per half exceeds the true probability of either half."""
     model = known_dual(p_left, p_right)
     x = torch.zeros(trials, 1, 4, 4, dtype=torch.float64)
-    hits = model.vote_counts(x, n, generator=rng(3))[:, :, 1]
+    hits = model.vote_counts(x, n, generator=rng(3), shared=False)[:, :, 1]
     low = lower_confidence_bound(hits, n, level)
     return ((low[0] > p_left) | (low[1] > p_right)).double().mean().item()
 
@@ -156,6 +156,29 @@ def test_certify_uses_fresh_draws_and_half_of_alpha():
     assert (found.radius <= math.sqrt(2) * normal.icdf(torch.tensor(0.005 ** (1 / 300), dtype=torch.float64))).all()
 
 
+def test_noise_shared_by_all_inputs_keeps_the_level_of_each_certificate():
+    """800 calls of two inputs with one set of noise: each input's bounds fail at most alpha of the time, as with draws of its own."""
+    model, alpha, g = known_dual(0.8, 0.7), 0.05, rng(21)
+    x = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    found = [model.certify(x, generator=g, n0=10, n=100, alpha=alpha) for _ in range(800)]
+    assert all(torch.equal(f.p_left[0], f.p_left[1]) for f in found)  # the same draws indeed
+    broken = torch.stack([(f.prediction == 1) & ((f.p_left > 0.8) | (f.p_right > 0.7)) for f in found])
+    rate = broken.double().mean(0)
+    assert (rate <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / 800)).all()
+    assert (rate > 0.005).all()  # tight enough that the test could fail
+
+
+def test_a_certificate_does_not_depend_on_the_other_inputs_of_the_call():
+    model = ds.DualSmoothedClassifier(tiny_net(), tiny_net(seed=1), sigma=0.5, num_classes=3, shape=(1, 8, 8)).double()
+    x = torch.rand(5, 1, 8, 8, generator=rng(), dtype=torch.float64)
+    whole = model.certify(x, generator=rng(2), n=300)
+    part = model.certify(x[2:4], generator=rng(2), n=300)
+    assert torch.equal(whole.p_left[2:4], part.p_left)
+    assert torch.equal(whole.radius[2:4], part.radius)
+    alone = model.certify(x, generator=rng(2), n=300, shared=False)
+    assert not torch.equal(whole.p_left, alone.p_left)
+
+
 def test_certificates_by_sampling_survive_the_worst_attack():
     """12,000 certificates with known truth: radius > (A + B) / sqrt 2 is the attack that succeeds; alpha = 1e-6."""
     g = rng(8)
@@ -163,7 +186,9 @@ def test_certificates_by_sampling_survive_the_worst_attack():
     for _ in range(12):
         p = (0.3 + 0.69 * torch.rand(2, generator=g, dtype=torch.float64)).tolist()
         model = known_dual(*p)
-        found = model.certify(torch.zeros(1000, 1, 4, 4, dtype=torch.float64), generator=g, n0=50, n=300, alpha=1e-6)
+        found = model.certify(
+            torch.zeros(1000, 1, 4, 4, dtype=torch.float64), generator=g, n0=50, n=300, alpha=1e-6, shared=False
+        )
         truth = normal.icdf(torch.tensor(p, dtype=torch.float64)).sum().item() / math.sqrt(2)
         side = torch.where(found.prediction == 1, truth, -truth)
         broken += int((~found.abstained & (found.radius >= side)).sum())
@@ -190,7 +215,7 @@ def test_sampling_cap_of_section_3b():
 
 def test_abstention_is_minus_one_and_zero():
     model = known_dual(0.5, 0.5)
-    found = model.certify(torch.zeros(200, 1, 4, 4, dtype=torch.float64), generator=rng(), n0=20, n=100)
+    found = model.certify(torch.zeros(200, 1, 4, 4, dtype=torch.float64), generator=rng(), n0=20, n=100, shared=False)
     assert found.abstained.all()
     assert (found.prediction == ABSTAIN).all()
     assert (found.radius == 0).all()
@@ -199,7 +224,7 @@ def test_abstention_is_minus_one_and_zero():
 def test_predict_keeps_its_error_and_decides_clear_votes():
     x = torch.zeros(2000, 1, 4, 4, dtype=torch.float64)
     assert (known_dual(0.95, 0.3).predict(x[:5], generator=rng(), n=1000) == 1).all()
-    tie = known_dual(0.7, 0.3).predict(x, generator=rng(), n0=20, n=200, alpha=0.05)
+    tie = known_dual(0.7, 0.3).predict(x, generator=rng(), n0=20, n=200, alpha=0.05, shared=False)
     assert (tie != ABSTAIN).double().mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
 
 

@@ -176,11 +176,11 @@ def test_the_batch_follows_the_widest_layer_and_leaves_no_hook():
     assert sm.check_deterministic(wide, x) == 64 * 64
     assert sm.check_deterministic(lambda z: z.flatten(1)[:, :3], x) == 256
     assert not any(m._forward_hooks for m in wide.modules())
-    assert sm.default_batch(x, 64 * 64) == 32
+    assert sm.default_batch(x, 64 * 64) == 128
     seen = []
     wide[0].register_forward_hook(lambda _m, z, _y: seen.append(len(z[0])))
-    sm.certify(wide, x, sigma=0.5, num_classes=3, generator=rng(), n0=10, n=100)
-    assert max(seen) == 32
+    sm.certify(wide, x, sigma=0.5, num_classes=3, generator=rng(), n0=10, n=400)
+    assert max(seen) == 128
 
 
 class Viewed(nn.Module):

@@ -19,10 +19,30 @@ from surefoot.nn.smoothing import (
     certified_accuracy,
     check_deterministic,
     check_request,
+    default_batch,
     joint_vote_counts,
     lower_confidence_bound,
     upper_confidence_bound,
 )
+
+
+def _filled(x: Tensor, mask: Tensor, weight: Tensor, fill: Fill) -> Tensor:
+    filled = fill_half(x, mask, weight, fill)
+    one_channel = x.dim() == 4 and x.shape[1] == 1 and x.is_contiguous() and filled.is_contiguous()
+    # the same places in memory, but where() forgets that strides said channels last, which convolutions go by
+    return filled.as_strided(x.shape, x.stride()) if one_channel and x.stride() != filled.stride() else filled
+
+
+class _Fill(nn.Module):
+    """One half filled up to a full-size image, as a step."""
+
+    def __init__(self, mask: Tensor, weight: Tensor, fill: Fill) -> None:
+        super().__init__()
+        self.options = mask, weight, fill
+        self.is_linear_map = fill != "max_pool"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _filled(x, *self.options)
 
 
 class HalfClassifier(nn.Module):
@@ -41,7 +61,11 @@ class HalfClassifier(nn.Module):
         self.register_buffer("weight", weight.to(like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(fill_half(x, self.mask, self.weight, self.fill))
+        return self.model(_filled(x, self.mask, self.weight, self.fill))
+
+    def lean_steps(self) -> tuple[nn.Module, nn.Module]:
+        """What `forward` does, one after the other, for `nn.smoothing.lean`."""
+        return _Fill(self.mask, self.weight, self.fill), self.model
 
 
 class DualSmoothedClassifier(nn.Module):
@@ -86,16 +110,17 @@ class DualSmoothedClassifier(nn.Module):
         return torch.logaddexp(left.log_softmax(-1), right.log_softmax(-1)) - math.log(2.0)
 
     def vote_counts(
-        self, x: Tensor, n: int, *, generator: torch.Generator, batch_size: int | None = None
+        self, x: Tensor, n: int, *, generator: torch.Generator, batch_size: int | None = None, shared: bool = True
     ) -> Tensor:  # int64 [2, B, K]
         """Votes of the left and right half in n draws each.
 
-        One full-size draw serves both: its two halves are independent because the masks are disjoint.
+        One full-size draw serves both: its two halves are independent because the masks are disjoint (and the union bound over
+        the halves would not even need that). `shared` as in `certify`.
         """
         self._check_shape(x)
         sigma = torch.where(self.left.mask, self.sigma, self.sigma_right) if self.sigma != self.sigma_right else self.sigma  # fmt: skip
         return joint_vote_counts(
-            [self.left, self.right], x, n, sigma=sigma, num_classes=self.num_classes, generator=generator, batch_size=batch_size
+            [self.left, self.right], x, n, sigma=sigma, num_classes=self.num_classes, generator=generator, batch_size=batch_size, shared=shared
         )  # fmt: skip
 
     def certify(
@@ -107,9 +132,14 @@ class DualSmoothedClassifier(nn.Module):
         n: int = 10_000,
         alpha: float = 0.001,
         batch_size: int | None = None,
+        shared: bool = True,
     ) -> DualCertificate:
-        """Class and L2 radius; n0 draws of both halves choose the class, n fresh draws of each bound it at alpha/2."""
-        chosen, counts = self._two_stages(x, generator, n0, n, alpha, batch_size)
+        """Class and L2 radius; n0 draws of both halves choose the class, n fresh draws of each bound it at alpha/2.
+
+        One set of noise serves all inputs: each certificate keeps its level alpha and does not depend on which other inputs are in
+        the call. `shared=False` draws anew for each, for those who need certificates that are independent of each other too.
+        """
+        chosen, counts = self._two_stages(x, generator, n0, n, alpha, batch_size, shared)
         hits = counts.gather(2, chosen[None, :, None].expand(2, -1, 1))[..., 0]
         p_left, p_right = lower_confidence_bound(hits, n, alpha / 2)
         radius = dual_radius(p_left, p_right, self.sigma, self.sigma_right)
@@ -124,6 +154,7 @@ class DualSmoothedClassifier(nn.Module):
         n: int = 1000,
         alpha: float = 0.001,
         batch_size: int | None = None,
+        shared: bool = True,
     ) -> Tensor:  # int64 [B]
         """argmax_c G(x)_c with error probability <= alpha, or ABSTAIN.
 
@@ -131,17 +162,18 @@ class DualSmoothedClassifier(nn.Module):
         by n0 draws must, on fresh draws, have lower bounds that add up to more than any other class's upper bounds (four
         bounds are at stake between the chosen and the true top class, alpha/4 each).
         """
-        chosen, counts = self._two_stages(x, generator, n0, n, alpha, batch_size)
+        chosen, counts = self._two_stages(x, generator, n0, n, alpha, batch_size, shared)
         low = lower_confidence_bound(counts, n, alpha / 4).sum(0)
         high = upper_confidence_bound(counts, n, alpha / 4).sum(0).scatter(1, chosen[:, None], -1.0)
         return torch.where(low.gather(1, chosen[:, None])[:, 0] > high.amax(1), chosen, ABSTAIN)
 
     def _two_stages(
-        self, x: Tensor, generator: torch.Generator, n0: int, n: int, alpha: float, batch_size: int | None
+        self, x: Tensor, generator: torch.Generator, n0: int, n: int, alpha: float, batch_size: int | None, shared: bool
     ) -> tuple[Tensor, Tensor]:  # int64 [B], int64 [2, B, K]
         check_request(x, n0, n, alpha)
-        check_deterministic(self, x)
-        options: dict[str, Any] = {"generator": generator, "batch_size": batch_size}
+        widest = check_deterministic(self, x)
+        size = default_batch(x, widest) if batch_size is None else batch_size
+        options: dict[str, Any] = {"generator": generator, "batch_size": size, "shared": shared}
         return self.vote_counts(x, n0, **options).sum(0).argmax(1), self.vote_counts(x, n, **options)
 
     def _check_shape(self, x: Tensor) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_open_unit
 from surefoot.nn.modes import evaluating
+from surefoot.nn.smoothing.lean import Model, Split, lean, split
 
-Model = nn.Module | Callable[[Tensor], Tensor]
 LARGE_IMAGE = 400  # pixels
+MOST_FEATURES = 2**22  # numbers that may be held of all inputs' first features
 
 
 def vote_counts(
@@ -46,20 +47,20 @@ def joint_vote_counts(
     check_at_least("num_classes", num_classes, 2)
     votes = torch.zeros(len(models), len(x) * num_classes, dtype=torch.int64, device=x.device)
     broken = torch.zeros((), dtype=torch.bool, device=x.device)
-    options = {"sigma": sigma, "generator": generator, "batch_size": batch_size, "shared": shared}
+    _keep_freed_memory(x)
     with evaluating(*models), torch.inference_mode():
-        channels_last = _prefers_channels_last(models, x)
-        for rows, noisy in noisy_batches(x, n, channels_last=channels_last, **options):
-            first = int(rows[0])  # count from the batch's first input on: small tables
-            size = int(rows[-1]) - first + 1
-            offset = ((rows - first) * num_classes).to(x.device)
-            for view, model in enumerate(models):
-                # a model that works in place (a first ReLU) must not change what the next one sees
-                logits = model(noisy if len(models) == 1 else noisy.clone())
-                _check_logits(logits, len(rows), num_classes)
-                broken |= ~torch.isfinite(logits).all()
-                table = torch.bincount(offset + logits.argmax(1), minlength=size * num_classes)
-                votes[view, first * num_classes :][: len(table)] += table
+        layout = _prefers_channels_last(models, x)
+        views = [Split(_same, None, lean(model, x)) for model in models]
+        if shared:
+            views = [_small_split(view.rest, x) for view in views]
+        for view, first, rows, noisy in _batches(x, n, views, sigma, generator, batch_size, shared, layout):
+            logits = views[view].rest(noisy)
+            _check_logits(logits, len(noisy), num_classes)
+            broken |= ~torch.isfinite(torch.stack(logits.aminmax())).all()
+            # a batch of one input needs no offsets; a table starts at the batch's first input and is small
+            guesses = logits.argmax(1) if rows is None else logits.argmax(1) + rows.to(x.device) * num_classes
+            table = torch.bincount(guesses, minlength=num_classes)
+            votes[view, first * num_classes :][: len(table)] += table
     if bool(broken):
         raise InvalidInput("The model gives NaN or infinite logits under noise; nothing can be certified.")
     return votes.view(len(models), len(x), num_classes).cpu()
@@ -81,6 +82,27 @@ def noisy_batches(
     over one input. `shared` uses the same n draws for all inputs. `channels_last` lays images out that way in memory; the
     numbers are the same.
     """
+    views = [Split(_same, None, _same)]
+    for _, first, rows, noisy in _batches(x, n, views, sigma, generator, batch_size, shared, channels_last):
+        yield (torch.full((len(noisy),), first) if rows is None else first + rows), noisy
+
+
+Batch = tuple[
+    int, int, Tensor | None, Tensor
+]  # view, first input f, each row's input - f (None where all are f's), noisy
+
+
+def _batches(
+    x: Tensor,  # float [B, ...]
+    n: int,
+    views: Sequence[Split],
+    sigma: float | Tensor,
+    generator: torch.Generator,
+    batch_size: int | None,
+    shared: bool,
+    channels_last: bool,
+) -> Iterator[Batch]:
+    """For every view of every batch what its `rest` takes, in a buffer that `rest` may overwrite."""
     check_at_least("n", n, 1)
     check(bool((torch.as_tensor(sigma) > 0).all()), f"sigma must be positive, got {sigma!r}.")
     check(math.isfinite(float(torch.as_tensor(sigma).max())), f"sigma must be finite, got {sigma!r}.")
@@ -88,30 +110,91 @@ def noisy_batches(
     size = min(default_batch(x) if batch_size is None else batch_size, len(x) * n)
     check_at_least("batch_size", size, 1)
     # Buffers are filled in place: fresh memory for each batch costs more than drawing the noise does.
-    noise = torch.empty((size, *x.shape[1:]), dtype=x.dtype, device=generator.device)
-    noisy = _images_last(x.new_empty(noise.shape)) if channels_last else x.new_empty(noise.shape)
-    if not shared:
-        for start in range(0, len(x) * n, size):
-            rows = torch.arange(start, min(start + size, len(x) * n)).div_(n, rounding_mode="floor")
-            out, e = noisy[: len(rows)], noise[: len(rows)].normal_(generator=generator)
-            out.copy_(x[rows.to(x.device)]) if channels_last else torch.index_select(x, 0, rows.to(x.device), out=out)
-            yield rows, out.addcmul_(e.to(x.device), scale)
-        return
-    draws = min(n, size)  # a batch is some draws, each added to as many inputs as fit
-    inputs = size // draws
+    noise = torch.empty((min(size, n) if shared else size, *x.shape[1:]), dtype=x.dtype, device=generator.device)
+    laid = _new_images_last(x, noise.shape) if channels_last else x.new_empty(noise.shape)
+    batches = _shared_noise if shared else _fresh_noise
+    yield from batches(x, n, views, scale, generator, size, noise, laid)
+
+
+def _fresh_noise(
+    x: Tensor,
+    n: int,
+    views: Sequence[Split],
+    scale: Tensor,
+    generator: torch.Generator,
+    size: int,
+    noise: Tensor,
+    laid: Tensor,
+) -> Iterator[Batch]:
+    """Draws of its own for every input; a batch is `size` rows of the inputs' n rows each."""
+    for start in range(0, len(x) * n, size):
+        stop = min(start + size, len(x) * n)
+        first, last = start // n, (stop - 1) // n
+        rows = None if first == last else torch.arange(start, stop).div_(n, rounding_mode="floor").sub_(first)
+        clean = x[first, None] if rows is None else x[first : last + 1][rows.to(x.device)]
+        e = noise[: stop - start].normal_(generator=generator).to(x.device)
+        noisy = torch.addcmul(clean, e, scale, out=laid[: len(e)])
+        for view in range(len(views)):  # a model that works in place must not change what the next one sees
+            yield view, first, rows, noisy if view == len(views) - 1 else noisy.clone()
+
+
+def _shared_noise(
+    x: Tensor,
+    n: int,
+    views: Sequence[Split],
+    scale: Tensor,
+    generator: torch.Generator,
+    size: int,
+    noise: Tensor,
+    laid: Tensor,
+) -> Iterator[Batch]:
+    """The same draws for all inputs; a batch is some draws, each added to as many inputs as fit, behind the view's linear part."""
+    draws, buffers = len(noise), {}
+    inputs = min(size // draws, len(x))
+    clean = [v.linear(x) if v.bias is None else v.linear(x) + v.bias for v in views]
     for start in range(0, n, draws):
-        e = noise[: min(draws, n - start)].normal_(generator=generator).to(x.device) * scale
-        for first in range(0, len(x), inputs):
-            some = x[first : first + inputs, None]
-            out = noisy[: len(some) * len(e)]
-            torch.add(some, e, out=out.view(len(some), *e.shape))
-            yield torch.arange(first, first + len(some)).repeat_interleave(len(e)), out
+        drawn = noise[: min(draws, n - start)].normal_(generator=generator).to(x.device)
+        drawn = torch.mul(drawn, scale, out=laid[: len(drawn)])
+        for view, split_view in enumerate(views):
+            e = split_view.linear(drawn)
+            if view not in buffers:
+                strides = (e[0].numel(), *e.stride()[1:])  # laid out as the noise's features are
+                buffers[view] = e.new_empty_strided((inputs * draws, *e.shape[1:]), strides)
+            for first in range(0, len(x), inputs):
+                some = clean[view][first : first + inputs, None]
+                out = buffers[view][: len(some) * len(e)]
+                torch.add(some, e, out=out.view(len(some), *e.shape))
+                yield view, first, None if len(some) == 1 else torch.arange(len(some)).repeat_interleave(len(e)), out
+
+
+def _small_split(model: Model, x: Tensor) -> Split:
+    """`split`, unless the inputs' first features would take too much memory."""
+    view = split(model, x)
+    return view if view.linear(x[:1]).numel() * len(x) <= MOST_FEATURES else Split(_same, None, model)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _keep_freed_memory(x: Tensor) -> None:
+    """Have the C library keep what a batch frees for the next one, instead of giving it back to the kernel each time.
+
+    Freeing one large block (never written to, so it costs nothing) is what tells glibc that this process needs such blocks often;
+    page faults otherwise take up to half of the time.
+    """
+    if x.device.type == "cpu":
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def _new_images_last(x: Tensor, shape: Sequence[int]) -> Tensor:
+    batch, channels, height, width = shape
+    return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
 
 def _images_last(x: Tensor) -> Tensor:
     """x `[b, C, H, W]` in memory as `[b, H, W, C]`; with strides that say so for one channel too, unlike `memory_format`."""
-    batch, channels, height, width = x.shape
-    return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2).copy_(x)
+    return _new_images_last(x, x.shape).copy_(x)
 
 
 def _prefers_channels_last(models: Sequence[Model], x: Tensor) -> bool:
@@ -136,7 +219,7 @@ def default_batch(x: Tensor, widest: int = 256) -> int:
     numbers = max(1, math.prod(x.shape[1:]))
     if x.device.type != "cpu":
         return min(max(2**23 // numbers, 64), 8192)
-    return min(max(2**17 // max(numbers, widest), 8), 2048)
+    return min(max(2**19 // max(numbers, widest), 8), 2048)
 
 
 def check_deterministic(model: Model, x: Tensor, probes: int = 8) -> int:
