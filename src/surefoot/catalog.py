@@ -191,12 +191,25 @@ def make_treatment(text: str) -> Treatment:
     return _construct(load_plug(method.treatment), settings, method.slug)
 
 
+KINDS: dict[str, tuple[Any, str]] = {  # annotations of settings, as they are written
+    "bool": (bool, "True or False"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a word in quotes"),
+}
+
+
 def _construct(kind: Any, settings: dict[str, Any], slug: str) -> Any:
     import dataclasses
 
     known = [f.name for f in dataclasses.fields(kind) if f.init]
     unknown = [k for k in settings if k not in known]
     check(not unknown, f"{slug} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
+    plain = {f.name: KINDS.get(str(f.type)) for f in dataclasses.fields(kind)}
+    for name, value in settings.items():
+        kinds, words = plain[name] or (object, "")
+        fits = isinstance(value, kinds) and (not isinstance(value, bool) or kinds in (bool, object))
+        check(fits, f"The setting {name} of {slug} is {words}, got {value!r}.")
     return kind(**settings)
 
 

@@ -30,10 +30,28 @@ def here(tmp_path, monkeypatch):
     torch.jit.save(torch.jit.trace(model, torch.rand(2, 1, 8, 8)), "m.pt")
     save_file(model.state_dict(), "w.safetensors")
     (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "done" / "model").mkdir(parents=True)
+    (tmp_path / "done" / "model" / "model.json").write_text("{}")
     return tmp_path
 
 
 AUDIT = ("audit", "m.pt", "--data", "digits", "--budget", "quick", "--only", "accuracy")
+
+
+HARDEN = ("harden", "small_cnn", "--data", "digits", "--with")
+NET = """
+import torch
+from torch import nn
+
+class Silent(nn.Sequential):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+def silent():
+    return Silent(nn.Flatten(), nn.Linear(64, 10))
+"""
 
 
 @pytest.mark.parametrize(
@@ -49,6 +67,16 @@ AUDIT = ("audit", "m.pt", "--data", "digits", "--budget", "quick", "--only", "ac
         ((*AUDIT, "--weights", "w.safetensors"), "brings its own weights"),
         (("audit", ".", "--data", "digits", "--weights", "w.safetensors"), "brings its own weights"),
         (("audit", "", "--data", "digits"), "MODEL is empty"),
+        (("audit", "done", "--data", "digits"), "done holds a report; its model is done/model"),
+        ((*HARDEN, "elr", "--epochs", "-1"), "--epochs must be"),
+        ((*HARDEN, "elr", "--lr", "0"), "--lr must be"),
+        ((*HARDEN, "elr", "--batch-size", "0"), "--batch-size must be"),
+        ((*HARDEN, "elr", "--weight-decay", "-1"), "--weight-decay must be"),
+        ((*HARDEN, "elr", "--label-noise", "-0.5"), "--label-noise must lie"),
+        ((*HARDEN, ","), "--with names no treatment"),
+        ((*HARDEN, "elr(lam='x')"), "The setting lam of elr is a number, got 'x'"),
+        ((*HARDEN, "tract(sync=1)"), "The setting sync of tract is True or False, got 1"),
+        (("harden", "net.py:silent", "--data", "digits", "--with", "elr"), "carry no gradient"),
         (("audit", "m.pt", "--data", ""), "--data is empty"),
     ],
 )
@@ -74,3 +102,22 @@ def test_json_is_json_even_where_a_number_is_missing(here, monkeypatch, capsys):
         raise AssertionError(f"{word} is no JSON")
 
     assert json.loads(out, parse_constant=refuse)["findings"][0]["details"] == {"x": None}
+
+
+@pytest.mark.parametrize("stack", ["elr,ldr", "tract,tract", "elr(lam=-1)"])
+def test_a_refused_stack_trains_nothing(here, monkeypatch, capsys, stack):
+    """Not even the control, which takes as long as the run that is refused."""
+    code, _, err = surefoot(monkeypatch, capsys, *HARDEN, stack)
+    assert code == 2
+    assert "Training" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_embedded_model_without_labels_is_one_sentence(here, monkeypatch, capsys, recwarn):
+    import numpy as np
+
+    np.savez("x.npz", x=np.zeros((4, 8, 8), np.uint8))
+    code, _, err = surefoot(monkeypatch, capsys, "audit", "small_cnn", "--data", "x.npz")
+    assert code == 2
+    assert "the data has no labels" in err
+    assert not recwarn.list

@@ -21,8 +21,8 @@ from surefoot.core.subject import Subject
 from surefoot.core.task import BudgetName, Task, Training
 from surefoot.datasets import load
 from surefoot.datasets.noise import with_label_noise
-from surefoot.errors import InvalidInput, check
-from surefoot.harden import Hardened, harden
+from surefoot.errors import InvalidInput, check, check_at_least, check_non_negative, check_positive
+from surefoot.harden import Hardened, check_hardenable, harden
 from surefoot.models.loading import EFFICIENTNET, as_subject, load_exported, load_model, load_saved, read_facts
 from surefoot.report import write_audit_report, write_evidence_page, write_harden_report
 from surefoot.report.page import plain
@@ -205,7 +205,13 @@ def run_harden(
     as_json: bool,
 ) -> None:
     console = _err()
+    check_at_least("--epochs", training.epochs, 0)
+    check_at_least("--batch-size", training.batch_size, 1)
+    check_positive("--lr", training.lr)
+    check_non_negative("--weight-decay", training.weight_decay)
+    check(0 <= label_noise <= 1, f"--label-noise must lie in [0, 1], got {label_noise}.")
     treatments = [catalog.make_treatment(part) for part in catalog.split_stack(stack)]
+    check(bool(treatments), "--with names no treatment; `surefoot list` shows them.")
     instruments = choose_instruments(only)
     usable_folder(out)
     loaded = load_source(source)
@@ -217,6 +223,7 @@ def run_harden(
     check(loaded.recipe["kind"] not in ("export", "script"), f"{source.model} is a frozen program that cannot be trained; give its file.py:factory with --weights.")  # fmt: skip
     check(loaded.recipe["kind"] != "saved", f"{source.model} is already a hardened model; harden the original model with the longer list of treatments.")  # fmt: skip
     start = loaded.subject
+    check_hardenable(start.model, task, treatments)  # before the control is trained
     subject = start if loaded.trained else _train_control(loaded, training, console)
     checkpoint = _checkpoint(out, source, stack, training, label_noise)
     if checkpoint.exists():

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from surefoot.audit.run import Audit, audit
 from surefoot.audit.run import Progress as AuditProgress
@@ -21,6 +23,7 @@ from surefoot.core.treatment import Treatment, check_stack
 from surefoot.datasets import check_task
 from surefoot.errors import check
 from surefoot.models.loading import save_subject
+from surefoot.nn.modes import evaluating
 from surefoot.training.loop import Progress, fit
 
 
@@ -97,6 +100,21 @@ def _pair(first: Finding, second: Finding) -> Comparison:
     return Comparison(first.name, first.instrument, first.unit, first.better, first.value, second.value, difference, low, high, n)  # fmt: skip
 
 
+def check_hardenable(model: nn.Module, task: Task, treatments: Sequence[Treatment]) -> None:
+    """Refuse, with the reason and before anything is trained, what cannot be trained with these treatments."""
+    check_task(task)
+    check(
+        len(task.train) > 0, f"{task.name} has no labelled training examples, and hardening trains; give labelled data."
+    )
+    check(len(treatments) > 0, "treatments is empty; name at least one.")
+    check_stack(treatments, model, task)
+    parameter = next((p for p in model.parameters() if p.requires_grad), None)
+    if parameter is not None:
+        with torch.enable_grad(), evaluating(model):
+            follows = model(task.train.x[:2].to(parameter.device)).requires_grad
+        check(follows, "The model's logits carry no gradient, so nothing can be trained; take no_grad or detach out of its forward.")  # fmt: skip
+
+
 def harden(
     subject: Subject,
     task: Task,
@@ -118,13 +136,8 @@ def harden(
     A refused stack raises before anything is trained. With `out` and `recipe` the new model is saved there, loadable by
     `surefoot.models.load_saved(out)` and by `surefoot audit out`. The subject given is left as it was.
     """
-    check_task(task)
-    check(
-        len(task.train) > 0, f"{task.name} has no labelled training examples, and hardening trains; give labelled data."
-    )
-    check(len(treatments) > 0, "treatments is empty; name at least one.")
     begin = start if start is not None else subject
-    check_stack(treatments, begin.model, task)  # refuse before the first audit is paid for
+    check_hardenable(begin.model, task, treatments)  # refuse before the first audit is paid for
     if before is None:
         before = audit(subject, task, instruments, progress=audit_progress)
     with Meter() as meter:

@@ -149,6 +149,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        if (folder / "model" / "model.json").is_file():
+            raise InvalidInput(f"{folder} holds a report; its model is {folder / 'model'}.") from error
         raise InvalidInput(
             f"{path} cannot be read ({first_line(error)}); give a folder that `surefoot harden` wrote."
         ) from error
@@ -213,6 +215,7 @@ def load_model(
     if model in EMBEDDED:
         if task is None:
             raise InvalidInput(f"The embedded model {model} takes its shape from the data; give --data.")
+        network = embedded_model(model, task)
         mean, std, dims = channel_statistics(task.train.x)
         recipe = {
             "kind": "embedded",
@@ -220,7 +223,6 @@ def load_model(
             "input_shape": list(task.input_shape),
             "num_classes": task.num_classes,
         }
-        network = embedded_model(model, task)
         if weights is not None:
             load_weights(network, read_weights(weights, trust=trust), str(weights))
         return network, recipe | {"mean": mean, "std": std, "dims": dims}, weights is not None
