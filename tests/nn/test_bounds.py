@@ -652,28 +652,113 @@ def test_rectified_pair_is_relu_of_both_ends_with_its_gradients():
         assert torch.allclose(ours, plain, atol=1e-12)
 
 
+def test_rectified_pair_is_exact_where_nothing_is_cut():
+    """An active neuron keeps its box to the last bit, an unstable one starts at 0 to the last bit, in float32."""
+    draw = generator(3)
+    centre, radius = torch.randn(2000, generator=draw).requires_grad_(), torch.rand(2000, generator=draw)
+    box = B.Rectifier().interval(Box.around(centre, radius))
+    active, unstable = centre > radius, centre.abs() < radius
+    assert torch.equal(box.centre[active], centre[active]) and torch.equal(box.radius[active], radius[active])
+    assert (box.lower[unstable] == 0).all() and (box.upper[~active & ~unstable] == 0).all()
+
+
+def separate_statistics(x: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    scale = (var + 1e-5).rsqrt() * (1.0 if w is None else w)
+    shift = -mean * scale + (0.0 if b is None else b)
+    return F.batch_norm(x, None, None, w, b, True), scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+
+
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_statistics_have_the_gradients_of_separate_passes(affine):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_batch_statistics_have_the_gradients_of_separate_passes(affine, layout, dtype):
     from surefoot.nn.bounds.kernels import BatchStatistics
 
     draw = generator(0)
-    x0 = torch.randn(6, 3, 2, 2, generator=draw).double()
-    weights = [torch.randn(s, generator=draw).double() for s in (x0.shape, (3,), (3,))]
+    x0 = torch.randn(6, 3, 4, 2, generator=draw).double() * 0.5 + 2
+    weights = [torch.randn(s, generator=draw).double() for s in (x0.shape, (1, 3, 1, 1), (1, 3, 1, 1))]
+    running = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
     results = []
     for fused in (True, False):
-        x = x0.clone().requires_grad_()
-        w: Any = torch.tensor([0.5, -1.0, 2.0]).double().requires_grad_() if affine else None
-        b: Any = torch.ones(3).double().requires_grad_() if affine else None
-        if fused:
-            output, mean, inverse = BatchStatistics.apply(x, w, b, None, None, 0.0, 1e-5)
-        else:
-            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-            inverse, output = (var + 1e-5).rsqrt(), F.batch_norm(x, None, None, w, b, True)
-        parts = [(a * v).sum() for a, v in zip(weights, (output, mean, inverse), strict=True)]
-        torch.stack(parts).sum().backward()
-        results.append([output, mean, inverse, x.grad, *([w.grad, b.grad] if affine else [])])
+        kind = dtype if fused else torch.float64
+        x = x0.to(kind).contiguous(memory_format=layout).requires_grad_()
+        w: Any = torch.tensor([0.5, -1.0, 2.0]).to(kind).requires_grad_() if affine else None
+        b: Any = torch.ones(3).to(kind).requires_grad_() if affine else None
+        made = BatchStatistics.apply(x, w, b, *running, 0.25, 1e-5) if fused else separate_statistics(x, w, b)
+        torch.stack([(v.to(kind) * m).sum() for v, m in zip(weights, made, strict=True)]).sum().backward()
+        results.append([*made, x.grad, *([w.grad, b.grad] if affine else [])])
     for ours, plain in zip(*results, strict=True):
-        assert torch.allclose(ours, plain, atol=1e-10)
+        assert torch.allclose(ours.double(), plain, rtol=1e-4, atol=1e-10 if dtype == torch.float64 else 1e-4)
+    assert torch.allclose(running[0].double(), 0.25 * x0.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(running[1].double(), 0.75 + 0.25 * x0.var((0, 2, 3)), atol=1e-6)
+
+
+def small_conv_net(stride: int = 1) -> nn.Module:
+    layers = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride),
+        nn.BatchNorm2d(6),
+    ]
+    size = 6 if stride == 1 else 3
+    head = [nn.Flatten(), nn.Linear(6 * size**2, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)]
+    return scramble(nn.Sequential(*layers, nn.ReLU(), *head), 1).train()
+
+
+def robust_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    walked = propagate(Program(model), B.region_around(x, 0.02).box, clean=x)
+    loss = B.robust_cross_entropy(B.interval_margins(walked, y))
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("factory", [small_conv_net, lambda: small_conv_net(2), lambda: training_net(3).float()])
+def test_float32_training_matches_float64_in_any_layout_of_the_model(factory):
+    """Loss, gradients through the batch statistics and running statistics of the fast step, against float64 in plain layout."""
+    exact = factory().double()
+    channels = next(exact.parameters()).shape[1]
+    size = 8 if channels == 1 else 6
+    x, y = torch.rand(7, channels, size, size, generator=generator(2)), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    truth = robust_step(exact, x.double(), y)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = factory().to(memory_format=layout)
+        before = [p.stride() for p in model.parameters()]
+        assert torch.allclose(robust_step(model, x.contiguous(memory_format=layout), y).double(), truth, rtol=1e-5)
+        for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            scale = max(float(q.grad.abs().max()), 1.0)  # biases before a batch-norm have no gradient but rounding
+            assert (p.grad - q.grad).abs().max() <= 1e-4 * scale, name
+        assert [p.stride() for p in model.parameters()] == before
+        for ours, theirs in zip(model.buffers(), exact.buffers(), strict=True):
+            assert torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="channels-last pays with oneDNN alone")
+def test_training_walks_run_channels_last_on_a_cpu_and_other_walks_do_not():
+    model, x = small_conv_net(), torch.rand(4, 1, 8, 8, generator=generator(0))
+    box = B.region_around(x, 0.02).box
+
+    def layouts(walked: B.Bounds) -> set[bool]:
+        tensors = [t for s in walked.steps[1:] for t in (s.box.centre, s.box.radius, s.value) if t is not None]
+        return {t.is_contiguous() for t in tensors if t.dim() == 4}
+
+    assert layouts(propagate(Program(model), box, clean=x)) == {False}
+    with torch.no_grad():
+        assert layouts(propagate(Program(model), box, clean=x)) == {True}
+
+
+def test_reshapes_keep_the_layout_of_gradients():
+    from surefoot.nn.bounds.kernels import contiguous
+
+    x = torch.rand(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.rand(2, 48)
+    flat = contiguous(x).reshape(2, -1)
+    assert torch.equal(flat, x.flatten(1))
+    (flat * weights).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, weights.reshape(2, 3, 4, 4))
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("method", ["crown-ibp", "alpha-crown-ibp", "crown", "alpha-crown"])

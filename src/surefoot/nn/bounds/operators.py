@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surefoot.nn.bounds.kernels import RectifiedPair
+from surefoot.nn.bounds.kernels import RectifiedPair, channels_last
 
 # Entries of a convolution's matrix up to which many rows are multiplied by it at once: convolving thousands of tiny maps
 # costs four to eight times as much (measured at 2^13 to 2^16 entries; even at about 2^18).
@@ -132,20 +132,8 @@ class Op:
         return 0.0
 
     def scaled(self, scale: Scale) -> Op | None:
-        """This operator with a per-channel scale and shift of its output folded in; None where that cannot be."""
+        """This operator with a per-channel scale and shift of its output folded in; None where that cannot be or does not pay."""
         return None
-
-
-def _fold(weight: Tensor, bias: Tensor | None, by: Scale) -> tuple[Tensor, Tensor] | None:
-    scale, shift = by.scale, by.shift
-    if not isinstance(scale, Tensor) or not isinstance(shift, Tensor):
-        return None
-    per_channel = (1, len(weight)) + (1,) * (by.dims - 2)
-    if scale.shape != per_channel or shift.shape != per_channel:
-        return None
-    scale, shift = scale.flatten(), shift.flatten()
-    folded = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    return folded, shift if bias is None else bias * scale + shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,10 +149,6 @@ class Dense(Op):
 
     def interval(self, *boxes: Box) -> Box:
         return Box.around(self.value(boxes[0].centre), F.linear(boxes[0].radius, self.weight.abs()))
-
-    def scaled(self, scale: Scale) -> Op | None:
-        folded = _fold(self.weight, self.bias, scale) if scale.dims == 2 else None
-        return None if folded is None else Dense(*folded)
 
     def pull(self, a: Tensor, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
         return (a @ self.weight,)
@@ -184,14 +168,22 @@ class Convolution(Op):
     weight_layers = 1
 
     def value(self, *inputs: Tensor) -> Tensor:
-        return self.apply(inputs[0], self.weight, self.bias)
+        return self.apply(inputs[0], channels_last(self.weight), self.bias)
 
     def interval(self, *boxes: Box) -> Box:
-        return Box.around(self.value(boxes[0].centre), self.apply(boxes[0].radius, self.weight.abs(), None))
+        magnitude = channels_last(self.weight.abs())
+        return Box.around(self.value(boxes[0].centre), self.apply(boxes[0].radius, magnitude, None))
 
     def scaled(self, scale: Scale) -> Op | None:
-        folded = _fold(self.weight, self.bias, scale)
-        return None if folded is None else Convolution(*folded, self.apply, self.geometry)
+        """Folding costs passes over the weights, scaling over the boxes: here these are larger, behind a linear layer they are not."""
+        by, shift = scale.scale, scale.shift
+        per_channel = (1, len(self.weight)) + (1,) * (scale.dims - 2)
+        if not isinstance(by, Tensor) or not isinstance(shift, Tensor) or not by.shape == shift.shape == per_channel:
+            return None
+        weight = self.weight * by.reshape(-1, *(1,) * (self.weight.dim() - 1))
+        shift = shift.flatten()
+        bias = shift if self.bias is None else self.bias * by.flatten() + shift
+        return Convolution(weight, bias, self.apply, self.geometry)
 
     def pull(self, a: Tensor, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
         shape = shapes[0][1:]

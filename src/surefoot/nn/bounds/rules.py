@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from surefoot.errors import InvalidInput, UnsupportedOp
-from surefoot.nn.bounds.kernels import BatchStatistics
+from surefoot.nn.bounds.kernels import BatchStatistics, contiguous
 from surefoot.nn.bounds.operators import (
     BatchScale,
     Box,
@@ -101,22 +101,19 @@ _functional_conv(F.conv2d)
 @rule(nn.BatchNorm1d, nn.BatchNorm2d)
 def _batch_norm(m: nn.BatchNorm1d | nn.BatchNorm2d, x: Ref):
     """Evaluation: running statistics. Training: statistics of the clean batch, which moves the running ones, once."""
-    shape = (1, -1) + (1,) * (len(x.shape) - 2)
-    output = None
     if m.training:
-        output, mean, inverse = _clean_statistics(m, x)
-    elif m.running_mean is None or m.running_var is None:
+        output, scale, shift = _clean_statistics(m, x)
+        return BatchScale(scale, shift, len(x.shape), output), (x,)
+    if m.running_mean is None or m.running_var is None:
         raise UnsupportedOp("it has no running statistics, so that every example's output depends on the whole batch")
-    else:
-        mean, inverse = m.running_mean, torch.rsqrt(m.running_var + m.eps)
-    scale = inverse if m.weight is None else inverse * m.weight
-    shift = -mean * scale if m.bias is None else m.bias - mean * scale
-    constants = scale.reshape(shape), shift.reshape(shape), len(x.shape)
-    return (Scale(*constants) if output is None else BatchScale(*constants, output)), (x,)
+    shape, scale = (1, -1) + (1,) * (len(x.shape) - 2), torch.rsqrt(m.running_var + m.eps)
+    scale = scale if m.weight is None else scale * m.weight
+    shift = -m.running_mean * scale if m.bias is None else m.bias - m.running_mean * scale
+    return Scale(scale.reshape(shape), shift.reshape(shape), len(x.shape)), (x,)
 
 
 def _clean_statistics(m: nn.BatchNorm1d | nn.BatchNorm2d, x: Ref) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised clean batch, its mean, its 1/std)."""
+    """(normalised clean batch, the scale and shift that do it)."""
     if x.value is None:
         raise InvalidInput("Batch-norm in training mode needs the clean batch: pass clean=x, or call model.eval().")
     if x.value.numel() // x.value.shape[1] < 2:
@@ -128,8 +125,7 @@ def _clean_statistics(m: nn.BatchNorm1d | nn.BatchNorm2d, x: Ref) -> tuple[Tenso
         m.num_batches_tracked += 1
         pace = 1.0 / float(m.num_batches_tracked) if pace is None else pace
     running = m.running_mean, m.running_var
-    output, mean, inverse = BatchStatistics.apply(x.value, m.weight, m.bias, *running, pace or 0.0, m.eps)  # type: ignore[misc]
-    return output, mean, inverse
+    return BatchStatistics.apply(x.value, m.weight, m.bias, *running, pace or 0.0, m.eps)  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -233,7 +229,7 @@ def _reshape(x: Ref, function: Callable[[Tensor], Tensor]):
     if not shape or shape[0] != x.shape[0]:
         raise UnsupportedOp("it changes the batch dimension")
     rest = tuple(shape[1:])
-    return LinearMap(lambda t: t.reshape(len(t), *rest), is_view=True, mixes=False), (x,)
+    return LinearMap(lambda t: contiguous(t).reshape(len(t), *rest), is_view=True, mixes=False), (x,)
 
 
 @rule(nn.Flatten, nn.Unflatten)
