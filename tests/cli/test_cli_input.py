@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -31,6 +32,9 @@ def here(tmp_path, monkeypatch):
     save_file(model.state_dict(), "w.safetensors")
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "data.py").write_text("def raises():\n    raise KeyError('gone')\n\ndef asks(a, b):\n    return a, b\n")
+    np.save("array", np.zeros((4, 8, 8)))
+    (tmp_path / "array.npy").rename("array.npz")  # an array under an archive's name
     (tmp_path / "done" / "model").mkdir(parents=True)
     (tmp_path / "done" / "model" / "model.json").write_text("{}")
     return tmp_path
@@ -68,6 +72,10 @@ def silent():
         (("audit", ".", "--data", "digits", "--weights", "w.safetensors"), "brings its own weights"),
         (("audit", "", "--data", "digits"), "MODEL is empty"),
         (("audit", "done", "--data", "digits"), "done holds a report; its model is done/model"),
+        (("audit", "small_cnn", "--data", "data.py:raises"), "data.py:raises failed: KeyError: 'gone'"),
+        (("audit", "small_cnn", "--data", "data.py:asks"), "data.py:asks failed: TypeError: asks() missing"),
+        (("audit", "small_cnn", "--data", "array.npz"), "array.npz cannot be read"),
+        (("trial", "elr", "--data", "data.py:raises"), "data.py:raises failed"),
         ((*HARDEN, "elr", "--epochs", "-1"), "--epochs must be"),
         ((*HARDEN, "elr", "--lr", "0"), "--lr must be"),
         ((*HARDEN, "elr", "--batch-size", "0"), "--batch-size must be"),
@@ -114,8 +122,6 @@ def test_a_refused_stack_trains_nothing(here, monkeypatch, capsys, stack):
 
 
 def test_an_embedded_model_without_labels_is_one_sentence(here, monkeypatch, capsys, recwarn):
-    import numpy as np
-
     np.savez("x.npz", x=np.zeros((4, 8, 8), np.uint8))
     code, _, err = surefoot(monkeypatch, capsys, "audit", "small_cnn", "--data", "x.npz")
     assert code == 2

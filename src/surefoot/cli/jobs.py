@@ -21,8 +21,9 @@ from surefoot.core.subject import Subject
 from surefoot.core.task import BudgetName, Task, Training
 from surefoot.datasets import load
 from surefoot.datasets.noise import with_label_noise
-from surefoot.errors import InvalidInput, check, check_at_least, check_non_negative, check_positive
+from surefoot.errors import InvalidInput, SurefootError, check, check_at_least, check_non_negative, check_positive
 from surefoot.harden import Hardened, check_hardenable, harden
+from surefoot.models.files import first_line
 from surefoot.models.loading import EFFICIENTNET, as_subject, load_exported, load_model, load_saved, read_facts
 from surefoot.report import write_audit_report, write_evidence_page, write_harden_report
 from surefoot.report.page import plain
@@ -61,6 +62,20 @@ def _bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
+def read_data(data: str, **options: Any) -> Task:
+    """`load`, with whatever a person's file or function raises said in one sentence."""
+    try:
+        return load(data, **options)
+    except SurefootError:
+        raise
+    except Exception as error:
+        if ".py:" in data:
+            raise InvalidInput(f"{data} failed: {type(error).__name__}: {first_line(error)}.") from error
+        raise InvalidInput(
+            f"{data} cannot be read ({first_line(error)}); check that it is what its name says."
+        ) from error
+
+
 def load_source(source: Source) -> Loaded:
     """Model and data together: each says what the other must look like."""
     import torch
@@ -85,7 +100,7 @@ def load_source(source: Source) -> Loaded:
         shape = (3, 224, 224)
     elif path.suffix == ".pt2" and path.is_file():
         shape = load_exported(path)[1]
-    task = load(
+    task = read_data(
         source.data,
         seed=source.seed,
         data_dir=source.data_dir,
@@ -283,7 +298,7 @@ def print_hardened(result: Hardened, console: Console) -> None:
 
 def _own_task(data: str, seed: int, data_dir: Path | None) -> Task:
     """Own data in a trial's place; a plain function, so that worker processes can import it."""
-    return load(data, seed=seed, data_dir=data_dir)
+    return read_data(data, seed=seed, data_dir=data_dir)
 
 
 def run_trial_job(
