@@ -481,6 +481,14 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: finetune_rrcm(encoder(), X[:9], Y[:9], sigma=0.25, num_classes=10, steps=1, generator=rng()),
         "No label of class 9",
     ),
+    "labels that are no integers": (
+        lambda: finetune_rrcm(encoder(), X, Y.float(), sigma=0.25, num_classes=10, steps=1, generator=rng()),
+        "int64",
+    ),
+    "a label beyond the classes": (
+        lambda: finetune_rrcm(encoder(), X, Y + 1, sigma=0.25, num_classes=10, steps=1, generator=rng()),
+        r"\[0, 10\)",
+    ),
     "no time input": (lambda: pretrain_rrcm(tiny(), X, steps=1, generator=rng()), "no time input"),  # type: ignore[arg-type]
     "both terms off": (
         lambda: pretrain_rrcm(encoder(), X, steps=1, generator=rng(), contrast=0.0, consistency=0.0),

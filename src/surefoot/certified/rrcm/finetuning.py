@@ -132,6 +132,7 @@ def finetune_rrcm(
 
 def check_labels(y: Tensor, num_classes: int) -> None:
     """Every class must have a label: a few-label split that misses one can never predict it."""
+    check(y.dtype == torch.int64 and y.dim() == 1, f"Labels must be int64 [N], got {y.dtype} {list(y.shape)}.")
     check(len(y) > 0 and int(y.min()) >= 0 and int(y.max()) < num_classes, f"Labels must lie in [0, {num_classes}).")
     missing = [k for k, count in enumerate(torch.bincount(y, minlength=num_classes).tolist()) if count == 0]
     check(not missing, f"No label of class {', '.join(map(str, missing))} is given; label at least one example of each class.")  # fmt: skip
