@@ -1,4 +1,4 @@
-"""Votes under Gaussian noise: many inputs at once, buffers filled in place, every batch small enough for a core's cache."""
+"""Votes under Gaussian noise: many inputs at once, buffers filled in place, shared noise taken through a linear first step once."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def noisy_batches(
         yield (torch.full((len(noisy),), first) if rows is None else first + rows), noisy
 
 
-Batch = tuple[
-    int, int, Tensor | None, Tensor
-]  # view, first input f, each row's input - f (None where all are f's), noisy
+Batch = tuple[int, int, Tensor | None, Tensor]  # view, first input f, each row's input - f (None: all are f's), noisy
 
 
 def _batches(
@@ -180,8 +178,8 @@ def _same(x: Tensor) -> Tensor:
 def _keep_freed_memory(x: Tensor) -> None:
     """Have the C library keep what a batch frees for the next one, instead of giving it back to the kernel each time.
 
-    Freeing one large block (never written to, so it costs nothing) is what tells glibc that this process needs such blocks often;
-    page faults otherwise take up to half of the time.
+    Freeing one large block (never written to, so it costs nothing) is what tells glibc that this process needs such blocks often; up
+    to 64 MB then stay with the process. Fresh pages in every batch otherwise take up to half of the time.
     """
     if x.device.type == "cpu":
         torch.empty(2**25 - 2**16, dtype=torch.uint8)
@@ -214,7 +212,7 @@ def _prefers_channels_last(models: Sequence[Model], x: Tensor) -> bool:
 
 
 def default_batch(x: Tensor, widest: int = 256) -> int:
-    """A batch whose widest layer (so many numbers for one input) stays in a CPU core's cache: bigger ones are up to twice slower.
+    """A batch whose widest layer (so many numbers for one input) gives half a million numbers: less pays for calls, more for memory.
     Large on a GPU."""
     numbers = max(1, math.prod(x.shape[1:]))
     if x.device.type != "cpu":
