@@ -127,3 +127,16 @@ def test_an_embedded_model_without_labels_is_one_sentence(here, monkeypatch, cap
     assert code == 2
     assert "the data has no labels" in err
     assert not recwarn.list
+
+
+def test_ctrl_c_is_answered(here, monkeypatch, capsys):
+    from surefoot.cli import jobs
+
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "audit", interrupted)
+    code, _, err = surefoot(monkeypatch, capsys, *AUDIT, "--out", "report")
+    assert code == 130
+    assert "surefoot: interrupted" in err
+    assert "Traceback" not in err

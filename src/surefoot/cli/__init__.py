@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Run the `surefoot` command; bad input ends in one sentence and exit code 2, never in a traceback."""
@@ -15,6 +17,7 @@ def main() -> None:
     except SurefootError as error:
         sys.stderr.write(f"surefoot: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("surefoot: interrupted; what was finished is kept.\n")
-        sys.exit(130)
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            sys.stderr.write("surefoot: interrupted; what was finished and written is kept.\n")
+        raise
