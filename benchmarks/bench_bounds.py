@@ -4,13 +4,16 @@ Same weights, same images, same elided margins, one process, one thread; calls a
 Tracing the model (auto-lirpa's `BoundedModule`, our `Program`), the region and the rows of the margins are made outside the timing on both
 sides. The margins must agree before a time is reported: for CROWN that is our plain form (`intersect=False`); the default,
 which cuts with IBP and works on unstable neurons only, is the second row and must be at least as tight.
-A training step also stands beside a clean step of the same net: the price of certified training.
+A training step also stands beside a clean step of the same net, the price of certified training, with the pieces that explain it: the clean
+step once more with the model in channels-last memory, which is how our walk runs on a CPU and what a user could do as well, and the matrix
+products and convolutions alone, forwards and backwards: two streams (centre and radius), and with batch-norm the clean batch as the third.
 
 Run: python benchmarks/bench_bounds.py
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -120,39 +123,84 @@ def agreement(ours: Tensor, theirs: Tensor) -> float:
 
 
 def training_rows() -> list[Row]:
-    """A step (forward, backward) on CNN-7 of width 8, 28x28, batch 64: interval margins, beside auto-lirpa and a clean step."""
+    """A step (forward, backward) on CNN-7 of width 8, 28x28, batch 64: interval margins, beside auto-lirpa, clean steps, and its own products."""
     table = []
     for batch_norm in (False, True):
         torch.manual_seed(0)
         model = cnn7(1, 28, width=8, linear_size=128, batch_norm=batch_norm).train()
         x, y, eps = torch.rand(64, 1, 28, 28), torch.randint(10, (64,)), 0.1
-        program = Program(model)
-
-        def ours(model=model, program=program, x=x, y=y, eps=eps) -> Tensor:
-            model.zero_grad(set_to_none=True)
-            walked = propagate(program, region_around(x, eps).box, clean=x if program.needs_clean else None)
-            loss = robust_cross_entropy(interval_margins(walked, y))
-            loss.backward()
-            return loss.detach()
-
-        def clean(model=model, x=x, y=y) -> Tensor:
-            model.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss.detach()
-
         kind = "with batch-norm (clean pass included)" if batch_norm else "without batch-norm"
         what = f"IBP training step, CNN-7 width 8, 28x28, batch 64, {kind}"
-        theirs, grown = lirpa_step(model, x, y, eps), memory_mb(ours)
+        ours, clean = robust_step(model, x, y, eps), clean_step(model, x, y)
+        planar = clean_step(copy.deepcopy(model).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last), y)  # type: ignore[call-overload]  # fmt: skip
+        streams = 3 if batch_norm else 2
+        bare = products(model, x, streams)
+        grown, theirs = memory_mb(ours), lirpa_step(model, x, y, eps)
         if theirs is None:
-            mine, plain = in_turn(ours, clean)
+            mine, plain, plain_planar, alone = in_turn(ours, clean, planar, bare)
             table.append(row(what, mine, "auto-lirpa 0.3", None, "", "auto-lirpa is not installed", ours_mb=grown))  # fmt: skip
         else:
             gap = agreement(ours(), theirs())
-            mine, other, plain = in_turn(ours, theirs, clean)
+            mine, other, plain, plain_planar, alone = in_turn(ours, theirs, clean, planar, bare)
             table.append(row(what, mine, "auto-lirpa 0.3", other, f"same loss to {gap:.0e}", ours_mb=grown, peer_mb=memory_mb(theirs)))  # fmt: skip
         table.append(row(what, mine, "clean step", plain, f"{mine / plain:.2f} clean steps", ours_mb=grown, peer_mb=memory_mb(clean)))  # fmt: skip
+        note = f"a model in channels-last memory has a clean step of {plain_planar / plain:.2f} of the plain one"
+        table.append(row(what, mine, "channels-last clean step", plain_planar, f"{mine / plain_planar:.2f} such steps", note, ours_mb=grown, peer_mb=memory_mb(planar)))  # fmt: skip
+        note = f"a part of the step above: {alone / mine:.0%} of it"
+        table.append(row(f"the convolutions and products of {streams} streams alone, {kind}", alone, "clean step", plain, f"{alone / plain:.2f} clean steps", note))  # fmt: skip
     return table
+
+
+def robust_step(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Call:
+    program = Program(model)
+
+    def call() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        walked = propagate(program, region_around(x, eps).box, clean=x if program.needs_clean else None)
+        loss = robust_cross_entropy(interval_margins(walked, y))
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def clean_step(model: nn.Module, x: Tensor, y: Tensor) -> Call:
+    def call() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def products(model: nn.Module, x: Tensor, streams: int) -> Call:
+    """Every convolution and linear layer of the net on its own, in channels-last memory, forwards and backwards, `streams` times."""
+    jobs: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        given, layout = inputs[0].detach(), torch.channels_last if output.dim() == 4 else torch.contiguous_format
+        given = given.clone(memory_format=layout).requires_grad_(bool(jobs))  # the images need no gradient
+        jobs.append((copy.deepcopy(module).to(memory_format=layout), given, torch.randn_like(output, memory_format=layout)))  # type: ignore[call-overload]  # fmt: skip
+
+    twin = copy.deepcopy(model)
+    layers = [m for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        layer.register_forward_hook(record)
+    with torch.no_grad():
+        twin(x)
+    for layer, _, _ in jobs:
+        layer._forward_hooks.clear()
+
+    def call() -> Tensor:
+        made = x
+        for layer, given, gradient in jobs:
+            for _ in range(streams):
+                made = layer(given)
+                torch.autograd.grad(made, [given, *layer.parameters()] if given.requires_grad else [*layer.parameters()], gradient)  # fmt: skip
+        return made
+
+    return call
 
 
 def lirpa_step(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Call | None:
