@@ -53,6 +53,19 @@ def test_confusion_counts_every_pair():
     assert confusion(prediction, y, 3).tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
+def test_of_many_classes_what_goes_to_the_others_is_drawn():
+    """Else the picture of the worst of a thousand classes is empty, and its labels are every second one."""
+    n = 40
+    subject, task = world([(k + 20) % n for k in range(n)], list(range(n)), classes=n)
+    (chart,) = Accuracy().measure(subject, task).pictures
+    assert isinstance(chart, Chart)
+    heat, layout = chart.figure["data"][0], chart.figure["layout"]
+    assert heat["x"] == [*heat["y"], "others"]
+    assert all(sum(row) == 1.0 for row in heat["z"])
+    assert layout["yaxis"]["dtick"] == 1
+    assert layout["height"] > 400
+
+
 def test_a_constant_answer_is_pointed_out():
     subject, task = world([0] * 30, [0] * 20 + [1] * 10)
     assert "most frequent class" in Accuracy().measure(subject, task).warnings[0]

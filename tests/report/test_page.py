@@ -54,6 +54,15 @@ def audit_of(*findings: Finding) -> Audit:
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "shown", "difference"),
+    [(1000.0, "1,000", "+1,000"), (123456.0, "123,456", "+123,456"), (999.4, "999", "+999"), (0.01234, "0.0123", "+0.0123"), (-0.0, "0", "+0"), (-2500.0, "-2,500", "-2,500")],
+)  # fmt: skip
+def test_numbers_as_a_person_reads_them(value, shown, difference):
+    assert page.show(value) == shown
+    assert page.show_difference(value) == difference
+
+
 def test_worst_first_and_escaped(tmp_path):
     good = finding(instrument="good", name="good one", value=0.99, low=0.9, high=1.0, samples=None)
     path = write_audit_report(audit_of(good, finding()), tmp_path)

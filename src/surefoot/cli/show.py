@@ -100,7 +100,9 @@ def print_method(slug: str) -> None:
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if 9999.5 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def print_citations(names: list[str]) -> None:

@@ -41,20 +41,26 @@ def is_share(unit: str) -> bool:
     return unit in ("share", "accuracy", "fraction", "rate", "probability", "calibration error")
 
 
+def plain_number(value: float, *, sign: str = "") -> str:
+    """Three significant digits, and never fewer than the digits before the point: 1,000 is not 1e+03."""
+    value += 0.0  # turns -0 into 0
+    return f"{value:{sign},.0f}" if 999.5 <= abs(value) < 1e15 else f"{value:{sign}.3g}"
+
+
 def show(value: float | None, unit: str = "") -> str:
     """A number as a person reads it: shares as percent, the rest with three significant digits."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if is_share(unit):
         return f"{100 * value:.1f} %"
-    text = f"{value + 0.0:.3g}"  # + 0.0 turns -0 into 0
+    text = plain_number(value)
     return f"{text} {unit}" if unit and not unit.startswith(("/", "%")) else text + unit
 
 
 def show_difference(value: float | None, unit: str = "") -> str:
     if value is None:
         return "–"
-    return f"{100 * value:+.1f} points" if is_share(unit) else f"{value:+.3g}"
+    return f"{100 * value:+.1f} points" if is_share(unit) else plain_number(value, sign="+")
 
 
 def severity(finding: Finding) -> float:

@@ -73,17 +73,21 @@ class Accuracy(Instrument):
 
     def _chart(self, subject: Subject, table: Tensor, shown: list[int]) -> Chart:
         names = [class_name(subject, k) for k in shown]
-        part = table[shown][:, shown]
+        part, columns = table[shown][:, shown], names
+        if len(shown) < len(table):  # the worst of many classes are mostly taken for others
+            rest = table[shown].sum(1, keepdim=True) - part.sum(1, keepdim=True)
+            part, columns = torch.cat([part, rest], 1), [*names, "others"]
         rows = (part / table[shown].sum(1, keepdim=True).clamp_min(1)).tolist()
-        heat = {"type": "heatmap", "z": rows, "x": names, "y": names, "text": part.tolist(), "zmin": 0, "zmax": 1}
+        heat = {"type": "heatmap", "z": rows, "x": columns, "y": names, "text": part.tolist(), "zmin": 0, "zmax": 1}
         heat |= {
             "texttemplate": "%{text}" if len(names) <= 12 else "",
             "colorscale": [[0.0, "#f5f7f9"], [1.0, "#2563a6"]],
             "showscale": False,
         }
         layout = {
-            "xaxis": {"title": {"text": "predicted"}, "type": "category"},
-            "yaxis": {"title": {"text": "true"}, "type": "category", "autorange": "reversed"},
+            "xaxis": {"title": {"text": "predicted"}, "type": "category", "dtick": 1},
+            "yaxis": {"title": {"text": "true"}, "type": "category", "autorange": "reversed", "dtick": 1},
+            "height": max(320, 100 + 19 * len(names)),
         }
         few = "" if len(shown) == int((table.sum(1) > 0).sum()) else f" The {len(shown)} worst classes."
         return Chart({"data": [heat], "layout": layout}, f"What is taken for what: each row is one true class.{few}")
