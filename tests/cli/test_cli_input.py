@@ -140,3 +140,12 @@ def test_ctrl_c_is_answered(here, monkeypatch, capsys):
     assert code == 130
     assert "surefoot: interrupted" in err
     assert "Traceback" not in err
+
+
+def test_the_guide_names_every_instrument():
+    from pathlib import Path
+
+    from surefoot import catalog
+
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "audit.md").read_text(encoding="utf-8")
+    assert all(f"| `{entry.slug}` |" in guide for entry in catalog.instruments())
