@@ -3,7 +3,10 @@
 First come the rows at equal n: same network, same images, same n0, n, alpha and noise level; each side uses its own random stream, so that counts differ by
 sampling and the answers (class, radius up to sampling error) must agree. The plain loop is the one of the paper's code: one image at
 a time, batches of 1000 repeated images, counts in a Python loop. ART runs at batch 256, better for it than its default 32.
-Median of five runs of one thread's processor time, so that neighbours on the machine count for little. Memory: what the calls add to the process's peak, each in a process of its own.
+Median of five runs of one thread's processor time, the sides in turn. Each side has a process of its own, because what one side does to
+the C library's memory stays: a loop with large batches gets fresh pages from the kernel in each of them until something large was freed
+in that process, which `certify` sees to, and would then be faster beside it than a person's own script with the loop is. Memory: what one
+call more adds to the process's memory at its peak.
 
 `certify` draws one set of noise for all images by default; "independent draws" is the row with fresh noise for each image, as in the
 loop. A last rule changes the draws, keeps each certificate's level alpha and says so in the row: "sequential" is the plan
@@ -15,17 +18,18 @@ Run: python benchmarks/bench_smoothing.py
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
-import resource
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
+from _timing import REPEATS, Row, memory_mb, row, seconds
 from surefoot.certified.dual_smoothing import DualSmoothedClassifier
 from surefoot.models.networks import mlp, small_cnn
 from surefoot.nn.smoothing import Looks, certify
@@ -157,76 +161,75 @@ def setup(case: str) -> tuple[nn.Module, Tensor, int]:
     return model, x, n
 
 
-def measure(case: str, way: str, repeats: int, pipe: object) -> None:
-    """Median seconds, peak MB added, and the answer; or the sentence that says why there is none."""
+Side = tuple[float, float, Answer] | str  # median seconds, MB, answer; or the sentence that says why there is none
+
+
+def measure(case: str, way: str, pipe: Connection) -> None:
+    """A side in its process: the answer, then the seconds of one call whenever asked, at last the memory of one."""
     try:
         model, x, n = setup(case)
         torch.manual_seed(1)
         np.random.seed(1)  # noqa: NPY002  ART draws from numpy's global generator
         WAYS[way](model, x[:1], 200)  # imports and first calls are nobody's work
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds = []
-        for _ in range(repeats):
-            start = time.process_time()
-            answer = WAYS[way](model, x, n)
-            seconds.append(time.process_time() - start)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        pipe.send((statistics.median(seconds), grown, answer))  # type: ignore[attr-defined]
+        pipe.send(WAYS[way](model, x, n))
     except ImportError as error:
-        pipe.send(f"{error}")  # type: ignore[attr-defined]
+        return pipe.send(str(error))
+    while pipe.recv():
+        pipe.send(seconds(lambda: WAYS[way](model, x, n)))
+    pipe.send(memory_mb(lambda: WAYS[way](model, x, n)))
 
 
-def alone(case: str, way: str, repeats: int = 5) -> tuple[float, float, Answer] | str:
-    """`measure` in a fresh process, so that peaks do not mix."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(case, way, repeats, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
+def sides(case: str, ways: Sequence[str]) -> dict[str, Side]:
+    """Every way of one case, in turn."""
+    context, pipes, answers = multiprocessing.get_context("spawn"), {}, {}
+    for way in ways:
+        pipes[way], theirs = context.Pipe()
+        context.Process(target=measure, args=(case, way, theirs), daemon=True).start()
+        answers[way] = pipes[way].recv()
+    runs = [way for way in ways if not isinstance(answers[way], str)]
+
+    def ask(way: str, more: bool) -> float:
+        pipes[way].send(more)
+        return pipes[way].recv()
+
+    taken = [[ask(way, True) for way in runs] for _ in range(REPEATS)]
+    times = dict(zip(runs, map(statistics.median, zip(*taken, strict=True)), strict=True))
+    return answers | {way: (times[way], ask(way, False), answers[way]) for way in runs}
 
 
 def rows() -> list[dict]:
     """One row a network and peer; `quality` compares the answers."""
     table = []
-    jobs = [(case, "ours", peer) for case in CASES for peer in ("plain loop", "art")]
-    jobs += [("mlp 1x8x8", "ours, independent draws", peer) for peer in ("plain loop", "art")]
-    jobs += [
-        (case, "ours, sequential", peer) for case in ("mlp 1x8x8", "small_cnn 1x8x8") for peer in ("plain loop", "art")
-    ]
-    jobs += [("dual pooled cnn 1x28x28", "dual ours", "dual plain loop")]
-    known: dict[tuple[str, str], tuple[float, float, Answer] | str] = {}
-    for case, way, peer in jobs:
-        for key in ((case, way), (case, peer)):
-            if key not in known:
-                known[key] = alone(*key)
-        mine, theirs = known[case, way], known[case, peer]
-        assert not isinstance(mine, str)
-        row: dict = {
-            "what": f"certify, {case}, n = {CASES[case.removeprefix('dual ')][3]}"
-            + way.removeprefix("dual ").removeprefix("ours"),
-            "peer": peer,
-        }
-        row |= {"ours_s": mine[0], "ours_mb": mine[1]}
+    for case, (_, _, _, n) in CASES.items():
+        mine = ["ours"] + ["ours, independent draws"] * (case == "mlp 1x8x8") + ["ours, sequential"] * ("1x8x8" in case)
+        table += compared(case, n, mine, ["plain loop", "art"])
+    return table + compared(
+        "dual pooled cnn 1x28x28", CASES["pooled cnn 1x28x28"][-1], ["dual ours"], ["dual plain loop"]
+    )
+
+
+def compared(case: str, n: int, mine: Sequence[str], peers: Sequence[str]) -> list[Row]:
+    found, table = sides(case, [*mine, *peers]), []
+    for way, peer in itertools.product(mine, peers):
+        what = f"certify, {case}, n = {n}" + way.removeprefix("dual ").removeprefix("ours")
+        ours, theirs = found[way], found[peer]
+        assert not isinstance(ours, str)
         if isinstance(theirs, str):
-            table.append(row | {"peer_s": None, "ratio": None, "quality": "", "peer_mb": None, "note": theirs})
-            continue
-        same = float((mine[2][0] == theirs[2][0]).mean())
-        gap = float(np.abs(mine[2][1] - theirs[2][1]).max()) / SIGMA
-        quality = f"same class {same:.0%}, radii within {gap:.3f} sigma (sampling)"
-        if way == "ours, sequential":
-            (a, r), (b, s) = mine[2], theirs[2]
-            agree = ((r >= TARGET) == (s >= TARGET)) & ((a == b) | (r < TARGET))
-            quality = f"the same answer at radius {TARGET} for {agree.mean():.0%}"
-        table.append(
-            row | {"peer_s": theirs[0], "ratio": mine[0] / theirs[0], "quality": quality, "peer_mb": theirs[1]}
-        )
+            table.append(row(what, ours[0], peer, None, "", theirs, ours_mb=ours[1]))
+        else:
+            quality = agreement(ours[2], theirs[2], sequential="sequential" in way)
+            table.append(row(what, ours[0], peer, theirs[0], quality, ours_mb=ours[1], peer_mb=theirs[1]))
     return table
 
 
+def agreement(ours: Answer, theirs: Answer, *, sequential: bool) -> str:
+    (a, r), (b, s) = ours, theirs
+    if sequential:
+        agree = ((r >= TARGET) == (s >= TARGET)) & ((a == b) | (r < TARGET))
+        return f"the same answer at radius {TARGET} for {agree.mean():.0%}"
+    return f"same class {(a == b).mean():.0%}, radii within {np.abs(r - s).max() / SIGMA:.3f} sigma (sampling)"
+
+
 if __name__ == "__main__":
-    for row in rows():
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    for found in rows():
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()})
