@@ -711,3 +711,15 @@ def test_the_treatment_uses_what_it_pretrained_at_its_own_noise_level():
     batch: Any = type("B", (), {"x": torch.full((400, 1, 8, 8), 0.5), "y": torch.arange(400) % 10, "generator": rng()})()  # fmt: skip
     treatment.loss(model, batch)
     assert spread[0] == pytest.approx(2 * 0.5, rel=0.02)
+
+
+def test_the_treatments_views_are_the_tasks_own_augmentation():
+    asked: list[int] = []
+
+    def mine(x: Tensor, generator: torch.Generator) -> Tensor:
+        asked.append(len(x))
+        return x
+
+    task = digits(905, sizes=(40, 20, 20)).changed(augment=(mine,))
+    RRCM(pretrain_epochs=1, batch_size=20).prepare(tiny(), task)
+    assert asked == [20] * 4  # two views a step
