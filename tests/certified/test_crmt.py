@@ -812,3 +812,13 @@ def test_every_use_of_constants_asks_whose_they_are():
             use()
     once, twice = (crmt.multimodal_radius(random_model(0), x, y, constants(), m) for m in ([1], [1, 1]))
     assert torch.equal(once.signed, twice.signed)
+
+
+def test_what_the_model_sees_behind_batch_norm_is_read_in_evaluation_mode():
+    from surefoot.certified.crmt.training import _inputs_of
+
+    inner, norm, x = moody(), nn.BatchNorm1d(8).double(), normal(30, 8)
+    model = nn.Sequential(norm, inner).train()
+    seen = _inputs_of(inner, model, x)
+    assert torch.allclose(seen, x / math.sqrt(1 + norm.eps))
+    assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 and model.training

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from surefoot.certified import ibp_tightness as T
 from surefoot.contracts import check_instrument
 from surefoot.core.subject import Subject
+from surefoot.core.task import Split
 from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput, UnsupportedOp
 from surefoot.models import mlp, seeded_build, small_cnn
@@ -342,3 +343,13 @@ def test_the_instrument_measures_margins_of_labels_in_the_subjects_range():
     assert finding.value != pytest.approx(
         T.propagation_tightness(model, split.x, split.labels, eps=0.2, data_range=None).mean, rel=1e-6
     )
+
+
+def test_without_labels_the_instrument_takes_the_margins_of_the_answers():
+    task = digits(0, sizes=(100, 50, 60)).changed(budget="quick")
+    model = seeded_build(lambda: mlp((1, 8, 8), 10, hidden=(16,)), noise(0)).eval()
+    bare = task.changed(test=Split(task.test.x))
+    finding = T.IBPTightness(eps=0.1).measure(Subject(model, "net", "image", (1, 8, 8), 10), bare)
+    split = bare.sample("ibp_tightness", 32)
+    expected = T.propagation_tightness(model, split.x, model(split.x).argmax(1), eps=0.1)
+    assert finding.value == pytest.approx(expected.mean)
