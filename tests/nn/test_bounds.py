@@ -749,6 +749,19 @@ def test_training_walks_run_channels_last_on_a_cpu_and_other_walks_do_not():
         assert layouts(propagate(Program(model), box, clean=x)) == {True}
 
 
+def test_autocast_may_leave_centre_and_radius_in_different_types():
+    model, x = training_net().float(), torch.rand(6, 2, 6, 6, generator=generator(1))
+    truth = robust_step(training_net().float(), x, y := torch.tensor([0, 1, 2, 0, 1, 2]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = robust_step(model, x, y)
+    assert torch.allclose(loss.float(), truth, rtol=0.05)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    centre, radius = torch.randn(50).requires_grad_(), torch.rand(50).bfloat16().requires_grad_()
+    box = B.Rectifier().interval(Box.around(centre, radius))
+    (box.centre.sum() + box.radius.sum()).backward()
+    assert torch.allclose(box.upper, F.relu(centre + radius), atol=1e-6) and radius.grad is not None
+
+
 def test_reshapes_keep_the_layout_of_gradients():
     from surefoot.nn.bounds.kernels import contiguous
 

@@ -65,6 +65,8 @@ class RectifiedPair(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        dtype = torch.promote_types(centre.dtype, radius.dtype)  # autocast may have left them apart
+        centre, radius = centre.to(dtype), radius.to(dtype)
         half = torch.lerp(centre, radius, 0.5).clamp_min_(0)
         radius = torch.minimum(half, radius, out=half)
         centre = torch.maximum(centre, radius)
@@ -75,10 +77,12 @@ class RectifiedPair(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         (centre, radius), (by_centre, by_radius) = ctx.saved_tensors, gradients
-        mask = torch.ops.aten.threshold_backward.grad_input  # in place: fresh memory is what costs here
-        upper, lower = by_centre + by_radius, by_centre - by_radius
+        mask = torch.ops.aten.threshold_backward.grad_input
+        # in place, and two new tensors: fresh memory is what costs here
+        low, lower = centre - radius, by_centre - by_radius
+        mask(lower, low, 0, grad_input=lower)
+        upper = torch.add(by_centre, by_radius, out=low)
         mask(upper, centre, 0, grad_input=upper)
-        mask(lower, centre - radius, 0, grad_input=lower)
         by_centre = lower.lerp_(upper, 0.5)
         return by_centre, upper.sub_(by_centre)
 
@@ -113,9 +117,11 @@ class BatchStatistics(torch.autograd.Function):
         x, weight, mean, inverse, scale = ctx.saved_tensors
         layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
         by_output = by_output.contiguous(memory_format=layout)
+        product = None
         if ctx.planar:
             by_beta = by_output.sum((0, 2, 3), keepdim=True)
-            by_gamma = (x * by_output).sum((0, 2, 3), keepdim=True).addcmul_(mean, by_beta, value=-1).mul_(inverse)
+            product = x * by_output  # also the memory of the result
+            by_gamma = product.sum((0, 2, 3), keepdim=True).addcmul_(mean, by_beta, value=-1).mul_(inverse)
         else:
             flat = mean.flatten(), inverse.flatten()
             _, *sums = torch.ops.aten.native_batch_norm_backward(
@@ -127,7 +133,7 @@ class BatchStatistics(torch.autograd.Function):
         share = scale * (-x.shape[1] / x.numel())  # -s / n
         slope = (share * inverse).mul_(by_gamma)
         level = share.mul_(by_beta).addcmul_(slope, mean, value=-1)
-        by_x = torch.addcmul(level, x, slope).addcmul_(by_output, scale)
+        by_x = torch.addcmul(level, x, slope, out=product).addcmul_(by_output, scale)
         wanted = [
             v.view(-1) if needed else None
             for v, needed in zip((by_gamma, by_beta), ctx.needs_input_grad[1:3], strict=True)
