@@ -822,3 +822,24 @@ def test_what_the_model_sees_behind_batch_norm_is_read_in_evaluation_mode():
     seen = _inputs_of(inner, model, x)
     assert torch.allclose(seen, x / math.sqrt(1 + norm.eps))
     assert norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 and model.training
+
+
+def test_rows_as_published_are_centred():
+    assert torch.allclose(unit_rows(normal(4, 7) + 3.0).mean(1), torch.zeros(4, dtype=F64), atol=1e-12)
+
+
+def test_a_wrong_answer_has_no_radius():
+    model, x = random_model(3), normal(30, 8)
+    constants = crmt.estimate_lipschitz(model, [x], "product")
+    wrong = (model(x).argmax(1) + 1) % 4
+    found = crmt.multimodal_radius(model, x, wrong, constants)
+    assert (found.radius == 0).all() and (found.signed < 0).all()
+
+
+def test_of_equally_accurate_weights_the_later_are_kept():
+    model, x = moody().eval(), normal(30, 8)
+    y, fusion = model(x).argmax(1), model.fusion
+    assert isinstance(fusion, OrthogonalFusion)
+    before = fusion.a.detach().clone()
+    crmt.integrate(model, (x, y), crmt.estimate_lipschitz(model, [x]), valid=(x, y), lr=1e-4, epochs=2, generator=generator())  # fmt: skip
+    assert torch.equal(model(x).argmax(1), y) and not torch.equal(fusion.a, before)

@@ -503,6 +503,9 @@ def test_patterns_of_other_layers_are_joined():
     assert bool(on.follows(values)) and bool(free.follows(values))
     corner = (torch.tensor([[0.0, 0.4]]), torch.tensor([[0.3, 0.5]]))  # x1 + x2 < 1: nothing follows the first there
     outside = check_ambiguity(model, on, free, domain=corner, witness=torch.tensor([[1.0, 0.5]]))
+    shut = ActivationPattern.from_phases({"_1": torch.tensor([0, -1])})  # x1 <= x2, as everywhere in the corner
+    assert check_ambiguity(model, on, shut, domain=corner).status == "disjoint"
+    assert check_ambiguity(model, shut, on, domain=corner).status == "disjoint"
     assert outside.status == "disjoint"  # a witness counts inside the domain only
 
 
