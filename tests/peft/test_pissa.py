@@ -15,10 +15,12 @@ from surefoot.core.task import Training
 from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput, Refused
 from surefoot.models.networks import Normalized, mlp, small_cnn
+from surefoot.nn.fingerprint import fingerprint
 from surefoot.nn.lowrank import adapter_summary, adapters
 from surefoot.peft.pissa import (
     PiSSA,
     apply_pissa,
+    apply_pissa_,
     from_peft,
     initialize_peft_,
     int4,
@@ -216,6 +218,25 @@ def test_training_merging_and_undoing_a_model() -> None:
         assert torch.allclose(p, q, atol=1e-6) and p.requires_grad
     exact = unapply_pissa(apply_pissa(model, 2, keep_original=True))
     assert all(torch.equal(p, q) for p, q in zip(exact.parameters(), model.parameters(), strict=True))
+
+
+def test_the_residual_takes_the_place_of_a_weight_that_owns_its_memory_and_of_no_other() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 40))
+    model[2].weight.data = model[1].weight.data.T  # type: ignore[union-attr,operator]  # two parameters, one memory
+    reference: Any = copy.deepcopy(model)
+    ends: list[int] = [layer.weight.data_ptr() for layer in model]  # type: ignore[operator,union-attr]
+    marks = [fingerprint(layer) for layer in reference]
+    adapted: Any = apply_pissa_(model, 4)
+    assert [adapted[i].base.weight.data_ptr() == ends[i] for i in range(3)] == [True, False, False]
+    for i in range(3):
+        expected = pissa_factors(reference[i].weight, 4, niter=4)
+        assert torch.equal(adapted[i].base.weight, expected.residual) and torch.equal(adapted[i].A, expected.A)  # type: ignore[arg-type]
+        assert adapted[i].fingerprint == marks[i]
+    kept: Any = apply_pissa_(copy.deepcopy(reference), 4, keep_original=True)
+    assert torch.equal(kept[0].original, reference[0].weight)
+    half = copy.deepcopy(reference).half()
+    rounded: Any = apply_pissa_(half, 4)
+    assert 0 < rounded[0].drift < 1e-3
 
 
 def test_bad_models() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -293,6 +294,24 @@ def replace_layer(model: M, name: str, layer: nn.Module) -> M:
     return model
 
 
+def overwritable(model: nn.Module) -> set[nn.Module]:
+    """The layers whose weight owns its memory alone, as far as the model shows: no other parameter or buffer is a view of it, nor is
+    another process. A residual may be written over such a weight; fresh pages for it cost a fifth of a whole start."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [t for t in tensors if t.device.type != "meta" and not isinstance(t, UninitializedParameter)]
+    uses = Counter(t.untyped_storage().data_ptr() for t in tensors)
+    found = set()
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        if weight is None or weight.device.type == "meta" or isinstance(weight, UninitializedParameter):
+            continue
+        storage = weight.untyped_storage()
+        alone = uses[storage.data_ptr()] == 1 and storage.nbytes() == weight.numel() * weight.element_size()
+        if alone and not weight.is_shared() and not weight.is_inference():
+            found.add(layer)
+    return found
+
+
 def attach_(
     model: M,
     layers: Iterable[str],
@@ -301,8 +320,8 @@ def attach_(
     trainable: Sequence[str] = (),
     **options: Any,
 ) -> M:
-    """Adapt the layers of these names in place, one at a time, by `factor(name, W [m, n])`; everything else is frozen but the
-    modules (by name) in `trainable`. `options` go to `Adapter`."""
+    """Adapt the layers of these names in place, one at a time, by `factor(name, W [m, n])` (which may write the residual over a W of
+    `overwritable`, unless the original is to be kept); everything else is frozen but the modules (by name) in `trainable`. `options` go to `Adapter`."""
     places = dict(model.named_modules())
     layers = list(layers)
     for name in layers:
@@ -313,7 +332,10 @@ def attach_(
     model.requires_grad_(False)
     for name in layers:
         layer = places[name]
-        model = replace_layer(model, name, Adapter(layer, factor(name, weight_matrix(layer)), **options))
+        mark = (
+            {} if "print_of_base" in options else {"print_of_base": fingerprint(layer)}
+        )  # before W can become a residual
+        model = replace_layer(model, name, Adapter(layer, factor(name, weight_matrix(layer)), **mark, **options))
     for name in trainable:
         model.get_submodule(name).requires_grad_(True)
     model._lowrank_froze = tuple(frozen)  # type: ignore[assignment]

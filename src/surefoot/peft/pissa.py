@@ -44,6 +44,7 @@ from surefoot.nn.lowrank import (
     detach_,
     layer_kind,
     match_layers,
+    overwritable,
     to_matrix,
 )
 from surefoot.nn.lowrank_io import from_peft, load_adapter_, save_adapter, start_peft_, to_peft
@@ -77,9 +78,11 @@ def pissa_factors(
     return _start(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), rank, scaling, niter, generator)
 
 
-def _start(weight: Tensor, rank: int, scaling: float, niter: int | None, generator: torch.Generator | None) -> LowRank:
+def _start(
+    weight: Tensor, rank: int, scaling: float, niter: int | None, generator: torch.Generator | None, *, out: Tensor | None = None
+) -> LowRank:  # fmt: skip
     a, b = _principal(weight, rank, scaling, niter, generator)
-    return LowRank(a, b, scaling, torch.addmm(weight, b, a, alpha=-scaling))
+    return LowRank(a, b, scaling, torch.addmm(weight, b, a, alpha=-scaling, out=out))
 
 
 def _principal(
@@ -163,7 +166,8 @@ def apply_pissa_(
     keep_original: bool = False,
     generator: torch.Generator | None = None,
 ) -> M:
-    """Adapt `model` in place: the chosen layers get adapters, everything else is frozen but the modules named in `trainable`.
+    """Adapt `model` in place: the chosen layers get adapters, everything else is frozen but the modules named in `trainable`. The
+    residual is written over a weight that nothing else in the model is a view of (a `state_dict` taken before sees that).
 
     - `alpha`: scaling is alpha / rank, or alpha / sqrt(rank) with `rslora`; default alpha = rank.
     - `target_modules`: "all-linear" (Linear, Conv1D, ungrouped Conv2d), a regular expression, or name suffixes. The rank is clamped to
@@ -181,11 +185,14 @@ def apply_pissa_(
         for name, side in thin.items():
             check(rank <= side, f"rank {rank} is larger than layer {name!r} allows ({side}); lower it or leave the layer out.")  # fmt: skip
 
+    free = set() if keep_original else overwritable(model)
+
     def factor(name: str, weight: Tensor) -> LowRank:
         r = min(rank, thin[name])
         if quantize is not None:
             return qpissa_factors(weight, r, quantize, iters, scaling=scaling, niter=niter, generator=generator)
-        return _start(weight, r, scaling, niter, generator)  # `attach_` has looked at every weight
+        out = weight if layers[name] in free else None
+        return _start(weight, r, scaling, niter, generator, out=out)  # `attach_` has looked at every weight
 
     method = "pissa" if quantize is None else "qpissa"
     options = {"keep_base_fp32": keep_base_fp32, "keep_original": keep_original, "exact": quantize is None}
