@@ -23,10 +23,11 @@ def randomized_svd(
     """The leading singular triplets. `niter=None` is the exact SVD; so is any `niter` where the search space would not be thin.
 
     Rayleigh-Ritz on a block Krylov space: blocks W^T G, (W^T W) W^T G, ... of a Gaussian G with b = max(16, 3/16 rank) rows, until
-    rank (1 + niter / 4) + b + 8 columns are there. All powers are kept, so niter = 2 leaves no more than four power iterations of a sketch
-    of `rank` columns do on decaying spectra, and less work does it; niter = 4 is within 1 % of the optimal Frobenius error on 1/i
-    spectra, and on Gaussian matrices, which have no principal part. Without a generator G is the same every time. On a GPU the same
-    space is built from 2 + niter / 2 blocks of `rank` columns, since launches, not arithmetic, take the time there.
+    rank (1 + niter / 4) + b + 8 columns are there. All powers are kept, so niter = 2 leaves no more than four power iterations of a
+    sketch of `rank` columns do on 1/i and i^-0.5 spectra, and less work does it; slower decay at rank 16 and Gaussian matrices, which
+    have no principal part, need niter = 4 for that, which is within 1 % of the optimal Frobenius error. Without a generator G is the
+    same every time. On a GPU the same space is built from 2 + niter / 2 blocks of `rank` columns, since launches, not arithmetic, take
+    the time there.
     """
     m, n = weight.shape
     check(1 <= rank <= min(m, n), f"rank must be between 1 and {min(m, n)} for a {m} x {n} weight, got {rank}.")
