@@ -786,3 +786,13 @@ def test_a_probability_of_zero_has_a_finite_logarithm():
             return torch.zeros(len(features), 3)
 
     assert torch.isfinite(ComponentLogits(Zero(4, 3))(torch.rand(2, 4, 1, 1))).all()
+
+
+def test_of_several_scales_the_smallest_counts():
+    """A = .5, B = .2, C = .1 with s = 1 and 3: ln 1.850781 times 1, and not times 2 or 3."""
+    scale = torch.tensor([1.0, 3.0], dtype=F64)
+    distances = -torch.tensor([[0.5, 0.2]], dtype=F64).log() * scale
+    weights, bias = torch.eye(2, dtype=F64), torch.tensor([0.1, 0.0], dtype=F64)
+    assert rbf.rbf_radius(distances, weights, bias, scale, torch.tensor([0])).item() == pytest.approx(
+        0.615608, abs=1e-6
+    )

@@ -665,13 +665,13 @@ def test_rct_is_the_loop_of_the_paper():
 
 
 def test_rcts_index_is_guarded_against_binary_rounding():
-    """alpha (n + 1) = .3 * 10 is 2.9999... in binary and 3 in truth: the third smallest, not the second."""
-    probs, y = random_probs(18, 3, seed=4), torch.zeros(18, dtype=torch.int64)
+    """alpha (n + 1) = .29 * 100 is 28.999... in binary and 29 in truth: the 29th smallest, not the 28th."""
+    assert math.floor(0.29 * 100) == 28
+    probs, y = random_probs(198, 3, seed=4), torch.zeros(198, dtype=torch.int64)
     q = torch.special.ndtri(probs)
-    inside = torch.sigmoid((q[9:] - q[:9, 0].sort().values[2]) / 0.1)
+    inside = torch.sigmoid((q[99:] - q[:99, 0].sort().values[28]) / 0.1)
     expected = math.log(1 - inside[:, 0].mean().item() + torch.relu(inside.sum(1) - 1).mean().item() + 1e-8)
-    assert math.floor(0.3 * 10) == 3 and math.floor(0.7 * 10 + 1e-9) == 7
-    assert rc.robust_conformal_loss(probs, y, alpha=0.3, correction=0.0).item() == pytest.approx(expected)
+    assert rc.robust_conformal_loss(probs, y, alpha=0.29, correction=0.0).item() == pytest.approx(expected)
 
 
 def test_the_treatment_has_both_stages():

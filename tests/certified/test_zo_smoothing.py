@@ -607,3 +607,13 @@ def test_wrong_settings_cost_no_query(options, words):
         pretrain_autoencoder(ae, X * math.nan, epochs=1, generator=rng())
     with pytest.raises(InvalidInput, match="9 labels"):
         train_fo_denoiser(tanh_net(), denoiser, X, y=torch.arange(9), sigma=0.1, generator=rng(), epochs=1)
+
+
+def test_a_decoder_that_is_trained_keeps_its_statistics():
+    denoiser, encoder, decoder = smooth_front()
+    kept = copy.deepcopy(decoder.state_dict())
+    x = torch.rand(12, 1, 8, 8, generator=rng(8), dtype=torch.float64)
+    report = train_fo_denoiser(tanh_net().double(), denoiser, x, sigma=0.3, generator=rng(), encoder=encoder, decoder=decoder, epochs=1, batch_size=6, trains="whole_plus")  # fmt: skip
+    assert report.decoder is not None
+    after = report.decoder.state_dict()
+    assert torch.equal(after["1.running_mean"], kept["1.running_mean"]) and not torch.equal(after["0.weight"], kept["0.weight"])  # fmt: skip
