@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from surefoot.errors import SurefootError, UnsupportedOp
-from surefoot.nn.bounds.kernels import keep_freed_memory
 from surefoot.nn.bounds.operators import Box, Op, Rectifier, Scale
 from surefoot.nn.bounds.rules import RULES, Ref, module_rule
+from surefoot.nn.memory import keep_freed_memory
 
 INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 SHAPE_QUERIES = ("size", "dim", "numel", "nelement", "ndimension")

@@ -1,4 +1,4 @@
-"""What makes a training step on bounds fast: layouts, memory, and autograd functions with few passes over memory each way.
+"""What makes a training step on bounds fast: layouts, and autograd functions with few passes over memory each way.
 
 The functions give the values and gradients of the plain forms in `operators.py` and `rules.py` (up to rounding); they have no second derivative.
 On a CPU the convolutions of a training walk run channels-last, whatever the layout of the model: oneDNN then copies less.
@@ -11,18 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-LARGE = 31 << 20  # bytes; just below 32 MB, where glibc stops learning
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step. A step on bounds frees some ten mid-sized tensors at its end; by default the C library
-    hands them back to the system at once, and the next step takes them page by page again: a fifth of a step's time on a CPU.
-
-    The library sets its limits by the largest block it has seen freed, so one untouched block is enough (microseconds; no memory
-    is used). It then holds for the whole process, as it would after any tensor of that size. Elsewhere than on glibc nothing happens.
-    """
-    torch.empty(LARGE, dtype=torch.uint8, device="cpu")
 
 
 def channels_last(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.errors import InvalidInput, Refused, check, check_at_least, check_open_unit
+from surefoot.nn.memory import keep_freed_memory
 from surefoot.nn.modes import evaluating
 from surefoot.nn.smoothing.lean import Model, Split, lean, split
 
@@ -47,7 +48,8 @@ def joint_vote_counts(
     check_at_least("num_classes", num_classes, 2)
     votes = torch.zeros(len(models), len(x) * num_classes, dtype=torch.int64, device=x.device)
     broken = torch.zeros((), dtype=torch.bool, device=x.device)
-    _keep_freed_memory(x)
+    if x.device.type == "cpu":
+        keep_freed_memory()
     with evaluating(*models), torch.inference_mode():
         layout = _prefers_channels_last(models, x)
         views = [Split(_same, None, lean(model, x)) for model in models]
@@ -173,16 +175,6 @@ def _small_split(model: Model, x: Tensor) -> Split:
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _keep_freed_memory(x: Tensor) -> None:
-    """Have the C library keep what a batch frees for the next one, instead of giving it back to the kernel each time.
-
-    Freeing one large block (never written to, so it costs nothing) is what tells glibc that this process needs such blocks often; up
-    to 64 MB then stay with the process. Fresh pages in every batch otherwise take up to half of the time.
-    """
-    if x.device.type == "cpu":
-        torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def _new_images_last(x: Tensor, shape: Sequence[int]) -> Tensor:
