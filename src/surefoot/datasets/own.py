@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MAX_IMAGES = 20_000  # a folder is held in memory; beyond this a random subset is taken and the report says so
 
+MAX_GIGABYTES = 8.0  # of float32 pixels, held twice while they are stacked
+
 
 # --- images ---------------------------------------------------------------------------------------------------------
 
@@ -95,6 +97,8 @@ def from_folder(folder: Path, *, seed: int, input_shape: tuple[int, ...] | None,
         found, facts["images used"] = [found[i] for i in keep], MAX_IMAGES
     channels, size = (3, None) if input_shape is None else (input_shape[0], (input_shape[1], input_shape[2]))
     size = size or _common_size([p for p, _ in found])
+    gigabytes = 4e-9 * len(found) * channels * size[0] * size[1]
+    check(gigabytes <= MAX_GIGABYTES, f"{folder} holds {len(found)} images of {size[0]} x {size[1]} pixels, {gigabytes:.0f} GB in memory; scale them down, or use fewer.")  # fmt: skip
     x = torch.stack([read_image(p, size, channels) for p, _ in found])
     if not labelled:
         task = from_arrays(
@@ -119,6 +123,10 @@ def from_folder(folder: Path, *, seed: int, input_shape: tuple[int, ...] | None,
 def _as_inputs(array: np.ndarray, where: str) -> tuple[Tensor, str, tuple[float, float] | None]:
     """Float inputs with modality and bounds: uint8 images are scaled, channels-last images are turned."""
     check(
+        array.dtype != np.int8,
+        f"{where} holds int8, which starts below black; give uint8 (0..255) or floats in [0, 1].",
+    )
+    check(
         array.dtype.kind in "fiub" and array.size > 0,
         f"{where} must be a non-empty numeric array, got {array.dtype} {array.shape}.",
     )
@@ -134,14 +142,15 @@ def _as_inputs(array: np.ndarray, where: str) -> tuple[Tensor, str, tuple[float,
     check(x.dim() == 4, f"{where} must have 2, 3 or 4 dimensions (table, signals or images), got shape {array.shape}.")
     if x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2).contiguous()
-    if array.dtype == np.uint8 or float(x.max()) > 1.5:
-        x = x / 255.0
-    check(float(x.min()) >= 0.0 and float(x.max()) <= 1.0, f"{where} must hold images in [0, 1] or 0..255, got [{float(x.min()):.3g}, {float(x.max()):.3g}].")  # fmt: skip
-    return x, "image", (0.0, 1.0)
+    low, high = float(x.min()), float(x.max())
+    shape = " x ".join(map(str, x.shape[1:]))
+    check(low >= 0.0 and (high <= 1.0 or 1.5 < high <= 255.0), f"{where} was taken for {shape} images, and these must lie in [0, 1] or 0..255, got {low:.3g} to {high:.3g}; undo a normalisation (it belongs into the model), or give other data as a Task by file.py:function.")  # fmt: skip
+    return (x / 255.0 if array.dtype == np.uint8 or high > 1.5 else x), "image", (0.0, 1.0)
 
 
 def _as_labels(array: np.ndarray, where: str, n: int) -> Tensor:
     flat = np.asarray(array).reshape(-1)
+    check(len(flat) == n or len(flat) % n != 0, f"{where} has shape {np.shape(array)}; give one class index an example (argmax of one-hot labels).")  # fmt: skip
     check(len(flat) == n, f"{where} has {len(flat)} labels for {n} examples.")
     check(flat.dtype.kind in "iufb", f"{where} must hold integer class indices, got {flat.dtype}.")
     check(
@@ -180,6 +189,7 @@ def _task_from_mapping(arrays: Mapping[str, np.ndarray], where: str, seed: int, 
 
 def from_npz(path: Path, *, seed: int) -> Task:
     """Arrays in an .npz: `x` and `y`, or `x_train, y_train, x_test, y_test`; object arrays (pickles) are refused."""
+    check(zipfile.is_zipfile(path), f"{path} is not an .npz archive; write it again with numpy.savez.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -204,9 +214,12 @@ def from_table(path: Path, *, seed: int, target: str | None = None) -> Task:
         raise InvalidInput(
             f"{path} cannot be read as a table ({str(error).splitlines()[0]}); check the file."
         ) from error
-    check(len(frame) > 0 and frame.shape[1] > 1, f"{path} has {len(frame)} rows and {frame.shape[1]} columns; a table needs rows and a target column.")  # fmt: skip
+    check(len(frame) > 0 and frame.shape[1] > 1, f"{path} has {len(frame)} rows and {frame.shape[1]} columns; a table needs rows, a target column, and commas between the columns.")  # fmt: skip
+    columns = [str(c) for c in frame.columns]
+    check(len(set(columns)) == len(columns), f"{path} has two columns of one name; rename one.")
+    numbered = columns == [str(i) for i in range(len(columns))]
+    check(numbered or not all(_is_number(c) for c in columns), f"{path} begins with {', '.join(columns[:3])}, which looks like data; put the columns' names into the first row.")  # fmt: skip
     table = {str(c): np.asarray(frame[c]) for c in frame.columns}
-    columns = list(table)
     usual = next((c for c in columns if c.lower() in ("target", "label", "class", "y")), columns[-1])
     chosen = target if target is not None else usual
     check(chosen in columns, f"{path} has no column {chosen!r}; its columns are {', '.join(columns[:20])}.")
@@ -227,7 +240,16 @@ def from_table(path: Path, *, seed: int, target: str | None = None) -> Task:
     x = torch.from_numpy(np.stack([v.astype(np.float32) for v in table.values()], axis=1))
     y = torch.from_numpy(indices.astype(np.int64).reshape(-1))
     names = [str(c) for c in classes.tolist()]
-    return from_arrays(x, y, name=path.stem, seed=seed, modality="vector", bounds=None, class_names=names)
+    task = from_arrays(x, y, name=path.stem, seed=seed, modality="vector", bounds=None, class_names=names)
+    return task.changed(facts={"target column": chosen})
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # --- a function in a Python file ------------------------------------------------------------------------------------
@@ -267,7 +289,13 @@ def call_with_known(function: Callable[..., Any], **known: Any) -> Any:
 
 def from_function(reference: str, *, seed: int) -> Task:
     """`file.py:function`: the function (which may take `seed`) returns a `Task`, a pair (x, y) or a mapping of arrays."""
-    result = call_with_known(load_callable(reference), seed=seed)
+    function = load_callable(reference)
+    try:
+        result = call_with_known(function, seed=seed)
+    except SurefootError:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"{reference} failed: {type(error).__name__}: {error}.") from error
     if isinstance(result, Task):
         return result
     name = reference.rpartition(":")[2]
@@ -277,4 +305,5 @@ def from_function(reference: str, *, seed: int) -> Task:
         raise InvalidInput(
             f"{reference} returned {type(result).__name__}; return a Task, (x, y) or a mapping of arrays."
         )
-    return _task_from_mapping({k: np.asarray(v) for k, v in result.items()}, reference, seed, name)
+    arrays = {k: v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in result.items()}
+    return _task_from_mapping(arrays, reference, seed, name)
