@@ -111,3 +111,17 @@ def test_a_true_gain_of_one_point_is_called_masking_at_most_once_in_a_hundred():
         law = torch.distributions.Binomial(n, torch.tensor(POINT, dtype=torch.float64))
         chance = law.log_prob(counts.double()).exp()[raised].sum().item()
         assert 0 < chance <= FALSE_ALARM
+
+
+def test_what_is_wrong_without_an_attack_stays_wrong() -> None:
+    """A net that errs on the examples as they are and nowhere else: a random start repairs them all, and no attack may be credited with that."""
+    x, y = torch.full((12, 1, 6, 6), 0.5), torch.zeros(12, dtype=torch.int64)
+
+    def model(z: Tensor) -> Tensor:
+        moved = ((z - 0.5).abs().flatten(1).amax(1) > 1e-4).to(z)
+        return torch.stack([moved, 0.5 + 0 * z.flatten(1).sum(1)], 1)
+
+    report = masking_diagnostics(model, x, y, eps=0.1, steps=4, queries=20, generator=torch.Generator().manual_seed(0))
+    numbers = {check.name: check.numbers for check in report.checks}
+    assert numbers["black_box"]["square"] == 0.0 and numbers["large_radius"]["accuracy"] == 0.0
+    assert not next(check for check in report.checks if check.name == "large_radius").suspicious

@@ -239,6 +239,22 @@ def test_the_residual_takes_the_place_of_a_weight_that_owns_its_memory_and_of_no
     assert 0 < rounded[0].drift < 1e-3
 
 
+@pytest.mark.parametrize("hold", ["state_dict", "detached", "numpy"])
+def test_memory_that_somebody_holds_is_left_to_them(hold: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(40, 40))
+    before = model[0].weight.detach().clone()
+    held: Any = {
+        "state_dict": model.state_dict,
+        "detached": lambda: model[0].weight.detach(),
+        "numpy": lambda: model[0].weight.detach().numpy(),
+    }[hold]()
+    address = model[0].weight.data_ptr()
+    adapted: Any = apply_pissa_(model, 4)
+    assert adapted[0].base.weight.data_ptr() != address
+    weight = {"state_dict": lambda: held["0.weight"], "numpy": lambda: torch.from_numpy(held)}.get(hold, lambda: held)()
+    assert torch.equal(weight, before)
+
+
 def test_bad_models() -> None:
     with pytest.raises(InvalidInput, match=r"rank 4 is larger than layer 'inner\.out'"):
         apply_pissa(Two(), 4, target_modules=["out"])

@@ -295,21 +295,23 @@ def replace_layer(model: M, name: str, layer: nn.Module) -> M:
 
 
 def overwritable(model: nn.Module) -> set[nn.Module]:
-    """The layers whose weight owns its memory alone, as far as the model shows: no other parameter or buffer is a view of it, nor is
-    another process. A residual may be written over such a weight; fresh pages for it cost a fifth of a whole start."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors = [t for t in tensors if t.device.type != "meta" and not isinstance(t, UninitializedParameter)]
-    uses = Counter(t.untyped_storage().data_ptr() for t in tensors)
-    found = set()
-    for layer in model.modules():
-        weight = layer._parameters.get("weight")
-        if weight is None or weight.device.type == "meta" or isinstance(weight, UninitializedParameter):
-            continue
-        storage = weight.untyped_storage()
-        alone = uses[storage.data_ptr()] == 1 and storage.nbytes() == weight.numel() * weight.element_size()
-        if alone and not weight.is_shared() and not weight.is_inference():
-            found.add(layer)
-    return found
+    """The layers whose weight owns its memory alone: no second layer, no view of it in a `state_dict`, a graph or an array, no other
+    process. A residual may be written over such a weight; fresh pages for it cost a fifth of a whole start."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {layer for layer in model.modules() if _held_alone(layer) and uses[id(layer._parameters["weight"])] == 1}
+
+
+def _held_alone(layer: nn.Module) -> bool:
+    count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is overwritten
+    weight = layer._parameters.get("weight")
+    if count is None or weight is None or weight.device.type == "meta" or isinstance(weight, UninitializedParameter):
+        return False
+    storage = weight.untyped_storage()
+    own = (
+        storage.resizable() and count(storage._cdata) == 2
+    )  # the weight and `storage`; arrays and files lend memory of fixed size
+    whole = storage.nbytes() == weight.numel() * weight.element_size()
+    return own and whole and not weight.is_shared() and not weight.is_inference()
 
 
 def attach_(
@@ -332,9 +334,8 @@ def attach_(
     model.requires_grad_(False)
     for name in layers:
         layer = places[name]
-        mark = (
-            {} if "print_of_base" in options else {"print_of_base": fingerprint(layer)}
-        )  # before W can become a residual
+        # taken before W can become a residual
+        mark = {} if "print_of_base" in options else {"print_of_base": fingerprint(layer)}
         model = replace_layer(model, name, Adapter(layer, factor(name, weight_matrix(layer)), **mark, **options))
     for name in trainable:
         model.get_submodule(name).requires_grad_(True)

@@ -167,7 +167,7 @@ def apply_pissa_(
     generator: torch.Generator | None = None,
 ) -> M:
     """Adapt `model` in place: the chosen layers get adapters, everything else is frozen but the modules named in `trainable`. The
-    residual is written over a weight that nothing else in the model is a view of (a `state_dict` taken before sees that).
+    residual is written over a weight that owns its memory alone; what others see of a weight (a `state_dict`, an array) stays as it was.
 
     - `alpha`: scaling is alpha / rank, or alpha / sqrt(rank) with `rslora`; default alpha = rank.
     - `target_modules`: "all-linear" (Linear, Conv1D, ungrouped Conv2d), a regular expression, or name suffixes. The rank is clamped to

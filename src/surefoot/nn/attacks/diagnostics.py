@@ -15,7 +15,7 @@ gains lie below these marks is warned falsely at most once in a hundred audits, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -135,14 +135,19 @@ class _Lab:
     y: Tensor
     shared: dict
     passes: int = 0
+    wrong_already: Tensor = field(init=False)  # [N], known once `clean` was asked
 
-    def right(self, at: Tensor) -> float:
+    def errors(self, at: Tensor) -> Tensor:  # bool [N]
         with attacking(self.model, "eval", self.shared["generator"], at.device), torch.no_grad():
             self.passes += len(at)
-            return 1.0 - wrong(self.model(at), self.y).double().mean().item()
+            return wrong(self.model(at), self.y)
+
+    def right(self, at: Tensor) -> float:
+        return 1.0 - self.errors(at).double().mean().item()
 
     def clean(self) -> float:
-        return self.right(self.x)
+        self.wrong_already = self.errors(self.x)
+        return 1.0 - self.wrong_already.double().mean().item()
 
     def accuracy(self, attack, **settings) -> float:
         """Clean errors stay errors: an attack's own random start must not repair them."""
@@ -151,7 +156,7 @@ class _Lab:
         except ZeroGradient:
             return self.clean()
         self.passes += found.passes
-        return 1.0 - found.broken.double().mean().item()
+        return 1.0 - (found.broken | self.wrong_already).double().mean().item()
 
     def white_box(self, eps: float, steps: int) -> float:
         return self.accuracy(pgd, eps=eps, steps=steps, random_start=False)
