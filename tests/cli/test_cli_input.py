@@ -74,7 +74,7 @@ def silent():
         (("audit", "done", "--data", "digits"), "done holds a report; its model is done/model"),
         (("audit", "small_cnn", "--data", "data.py:raises"), "data.py:raises failed: KeyError: 'gone'"),
         (("audit", "small_cnn", "--data", "data.py:asks"), "data.py:asks failed: TypeError: asks() missing"),
-        (("audit", "small_cnn", "--data", "array.npz"), "array.npz cannot be read"),
+        (("audit", "small_cnn", "--data", "array.npz"), "array.npz is not an .npz archive"),
         (("trial", "elr", "--data", "data.py:raises"), "data.py:raises failed"),
         ((*HARDEN, "elr", "--epochs", "-1"), "--epochs must be"),
         ((*HARDEN, "elr", "--lr", "0"), "--lr must be"),
@@ -149,3 +149,12 @@ def test_the_guide_names_every_instrument():
 
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "audit.md").read_text(encoding="utf-8")
     assert all(f"| `{entry.slug}` |" in guide for entry in catalog.instruments())
+
+
+@pytest.mark.parametrize(("n", "budget", "epochs"), [(1_000, "quick", 15), (55_000, "quick", 1), (55_000, "standard", 5), (55_000, "thorough", 15), (10**6, "quick", 1)])  # fmt: skip
+def test_the_budget_bounds_the_training_of_an_untrained_model_too(n, budget, epochs):
+    from surefoot.cli.jobs import _recipe
+    from surefoot.core.task import Split
+
+    train = Split(torch.zeros(1, 1).expand(n, 1), torch.zeros(1, dtype=torch.int64).expand(n))
+    assert _recipe(train, budget).epochs == epochs

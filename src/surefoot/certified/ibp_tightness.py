@@ -299,8 +299,8 @@ class IBPTightness(Instrument):
             unit="share",
             better="higher",
             n=len(samples),
-            sentence=f"Interval bounds of the {self.rows} keep {value:.3g} of the exact radius over itself, on average over "
-            f"{len(samples)} inputs at their own activation pattern: they are about {lost:.3g} times too wide.",
+            sentence=f"Interval bounds of the {self.rows} are about {lost:.3g} times as wide as what the net can reach while its active "
+            f"neurons stay the same, on average over {len(samples)} inputs.",
             samples=samples,
             pictures=(_chart(layers),),
             fix=self.fix,

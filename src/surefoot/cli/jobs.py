@@ -18,7 +18,7 @@ from surefoot.audit import Audit, all_instruments, audit
 from surefoot.cli.show import STYLE, number
 from surefoot.core.instrument import Instrument
 from surefoot.core.subject import Subject
-from surefoot.core.task import BudgetName, Task, Training
+from surefoot.core.task import BudgetName, Split, Task, Training
 from surefoot.datasets import load
 from surefoot.datasets.noise import with_label_noise
 from surefoot.errors import InvalidInput, SurefootError, check, check_at_least, check_non_negative, check_positive
@@ -172,6 +172,12 @@ def _train_control(loaded: Loaded, training: Training, console: Console) -> Subj
     return loaded.subject.with_model(run.model)
 
 
+def _recipe(train: Split, budget: BudgetName) -> Training:
+    """Of an untrained model that is audited: 15 epochs, fewer where the budget allows fewer looks at examples."""
+    looks = {"quick": 60_000, "standard": 300_000}.get(budget, 15 * len(train))
+    return Training(epochs=min(15, max(1, looks // max(1, len(train)))), lr=2e-3)
+
+
 def run_audit(source: Source, *, only: str | None, out: Path, as_json: bool) -> None:
     console = _err()
     instruments = choose_instruments(only)
@@ -179,7 +185,7 @@ def run_audit(source: Source, *, only: str | None, out: Path, as_json: bool) -> 
     loaded = load_source(source)
     subject = loaded.subject
     if not loaded.trained:
-        subject = _train_control(loaded, Training(epochs=15, lr=2e-3), console)
+        subject = _train_control(loaded, _recipe(loaded.task.train, source.budget), console)
     with _bar(console) as bar:
         line = bar.add_task("auditing", total=len(instruments))
         result = audit(
