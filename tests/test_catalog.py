@@ -29,3 +29,9 @@ def test_every_excluded_method_is_in_the_catalogue():
             for other, reason in catalog.make_treatment(method.slug).excludes.items():
                 assert catalog.find(other).slug == other != method.slug
                 assert reason.endswith("."), f"{method.slug}: {reason}"
+
+
+@pytest.mark.parametrize("method", [m for m in catalog.methods() if catalog.works(m)], ids=lambda m: m.slug)
+def test_the_headline_is_one_of_the_claims_on_trial(method):
+    found = catalog.evidence(method)
+    assert found is not None and method.headline in [claim["claim"] for claim in found["claims"]]

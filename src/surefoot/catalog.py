@@ -36,6 +36,7 @@ class Method:
     arxiv: str
     sentence: str
     offers: tuple[str, ...]
+    headline: str = ""  # of its trial's claims the one that tells most of the method
     treatment: str = ""
     when: str = ""
     cost: str = ""

@@ -140,11 +140,8 @@ def fixes(slugs: Iterable[str]) -> list[dict[str, Any]]:
         found = catalog.evidence(method)
         claims = [] if found is None else found["claims"] + found.get("standard", {}).get("claims", [])
         counts = {v: sum(c["verdict"] == v for c in claims) for v in ("holds", "inconclusive", "contradicted")}
-        telling = [
-            c for c in claims if not c["claim"].startswith("The premise")
-        ]  # what a trial rests on is not what the method does
-        first = next((c for c in telling if c["verdict"] == "holds" and c["effect"] is not None), None)
-        rows.append({"slug": method.slug, "sentence": method.sentence, "paper": method.paper, "counts": counts, "first": first, "trials": len(claims)})  # fmt: skip
+        headline = next((c for c in claims if c["claim"] == method.headline), None)
+        rows.append({"slug": method.slug, "sentence": method.sentence, "paper": method.paper, "counts": counts, "headline": headline, "trials": len(claims)})  # fmt: skip
     return rows
 
 
