@@ -50,7 +50,7 @@ class Encoding:
             before = walked.steps[step.parents[0]].box
             low, high = before.lower, before.upper
             is_open = (low < 0) & (high > 0)
-            self.gates[index] = torch.where(low >= 0, 1.0, op.slope).to(low).masked_fill(is_open, 0.0)
+            self.gates[index] = torch.where(low >= 0, torch.ones_like(low), op.slope).masked_fill(is_open, 0.0)
             chosen = _flat(is_open).nonzero()[0]
             self.unstable[index], self.first[index] = chosen, column
             lower.append(op.slope * _flat(low)[chosen])

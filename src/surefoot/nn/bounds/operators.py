@@ -333,10 +333,11 @@ class Rectifier(Op):
         """
         low, high = box.lower, box.upper
         unstable = (low < 0) & (high > 0)
-        stable_slope = torch.where(low >= 0, 1.0, self.slope).to(low.dtype)
-        chord = (high - self.slope * low) / torch.where(unstable, high - low, torch.ones_like(low))
+        one = torch.ones_like(low)  # of two Python numbers torch.where makes float32, and 0.1 would be another slope
+        stable_slope = torch.where(low >= 0, one, self.slope)
+        chord = (high - self.slope * low) / torch.where(unstable, high - low, one)
         above = torch.where(unstable, chord, stable_slope)
-        below = torch.where(unstable, torch.where(high >= -low, 1.0, self.slope).to(low.dtype), stable_slope)
+        below = torch.where(unstable, torch.where(high >= -low, one, self.slope), stable_slope)
         return below, above, torch.where(unstable, (1 - above) * high, torch.zeros_like(low))
 
 

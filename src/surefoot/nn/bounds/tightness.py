@@ -73,7 +73,7 @@ def gated(
         boxes = [steps[p].box for p in step.parents]
         if isinstance(step.op, Rectifier):
             z = walked.steps[step.parents[0]].box.centre
-            gates[index] = torch.ones_like(z) if at is None else torch.where(z >= 0, 1.0, step.op.slope).to(z.dtype)
+            gates[index] = torch.where(z >= 0, torch.ones_like(z), 1.0 if at is None else step.op.slope)
             radius = gates[index] * boxes[0].radius
         elif step.op.affine:
             radius = step.op.interval(*boxes).radius
