@@ -256,6 +256,37 @@ def test_a_tie_is_a_violation_and_the_edge_of_a_phase_is_not():
     assert decide_margins(edge(0.0), 0.1 * one, one, 0, phases={"_1": torch.tensor([1])}).verified
 
 
+def test_a_phase_that_holds_at_one_point_is_not_empty():
+    """z = x in [0, 1] is inactive at x = 0 alone, where the logits tie; z = 0 everywhere is inactive everywhere."""
+    zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+    inactive = {"_1": torch.tensor([-1])}
+    assert decide_margins(edge(0.0), zero, one, 0, phases=inactive).status == "falsified"
+    dead = edge(0.0)
+    with torch.no_grad():
+        dead[0].weight.zero_()  # type: ignore[operator, union-attr]
+        dead[2].bias.copy_(torch.tensor([0.5, 0.0]))  # type: ignore[operator, union-attr]
+    assert decide_margins(dead, zero, one, 0, phases=inactive).status == "verified"
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.4])
+def test_the_relaxation_is_the_triangle(slope):
+    """z = x in [-1, 3]: y lies between max(z, s z) and the chord; the LP of c y + e z has its minimum at a corner of that."""
+    model: Any = nn.Sequential(nn.Linear(1, 1), nn.LeakyReLU(slope) if slope else nn.ReLU(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.fill_(1.0)
+            layer.bias.zero_()
+    low, high = torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([[3.0]], dtype=torch.float64)
+    with torch.no_grad():
+        made = encoding.Encoding(B.propagate(B.Program(model), B.Box(low, high)), {}, 0.0)
+        corners = [(-1.0, -slope), (0.0, 0.0), (3.0, 3.0)]
+        for c, e in ((-1.0, 0.0), (-1.0, 0.6), (1.0, 0.0), (1.0, -0.7), (2.0, -1.1), (1.0, 0.2)):
+            program = made.program(torch.tensor([c], dtype=torch.float64), float("inf"))
+            program.cost[0] += e  # of the input, which is z
+            found = program.solve(integer=False, time_limit=10.0)
+            assert found.bound == pytest.approx(min(c * y + e * z for z, y in corners), abs=1e-7)
+
+
 def test_phase_bounds_are_within_plain_bounds_and_hold():
     model, draw = net(3, 8, 8, 3, seed=5), noise(0)
     lower, upper = -torch.ones(1, 3).double(), torch.ones(1, 3).double()

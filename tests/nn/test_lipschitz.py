@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,56 @@ def test_overlapping_maxima_count_their_windows():
     peak = torch.zeros(1, 1, 8, 8)
     peak[0, 0, 4, 4] = 1.0
     assert (Functional()(peak) - Functional()(0 * peak)).norm() == pytest.approx(3.0)  # attained
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.a, self.b = (nn.Linear(4, 3, bias=True, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def test_each_rule_gives_its_own_constant():
+    """|sign| of a join, the root of squares of a concatenation, |scale| of negative scales, one after the other multiplied."""
+    signs = torch.tensor([0.5, -4.0, 1.0, 1.0], dtype=torch.float64)
+    model: Any = seeded_build(lambda: Calls(None), generator(3))
+    one, two = (torch.linalg.matrix_norm(layer.weight, 2).item() for layer in (model.a, model.b))
+    for function, expected in (
+        (lambda m, x: torch.sub(m.a(x), m.b(x), alpha=3), one + 3 * two),
+        (lambda m, x: torch.cat([m.a(x), -2 * m.b(x)], 1), math.hypot(one, 2 * two)),
+        (lambda m, x: -m.a(x), one),
+        (lambda m, x: m.a(x) * -2.5 + 7, 2.5 * one),
+        (lambda m, x: m.a(x * signs), 4 * one),
+        (lambda m, x: x + torch.relu(x), 2.0),
+    ):
+        model.function = function
+        assert lipschitz_bound(model, torch.rand(1, 4)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_convolution_and_average_are_exact_with_a_bias_and_after_training_mode():
+    model: Any = seeded_build(
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3, bias=True), nn.BatchNorm2d(2)), generator(4)
+    ).double()
+    with torch.no_grad():
+        model[0].bias.fill_(9.0)
+        model[1].running_var.copy_(torch.tensor([0.04, 0.25], dtype=torch.float64))
+        eye = torch.eye(25, dtype=torch.float64).reshape(25, 1, 5, 5)
+        matrix = nn.functional.conv2d(eye, model[0].weight).reshape(25, -1)
+    first, scale = torch.linalg.matrix_norm(matrix, 2).item(), (0.04 + 1e-5) ** -0.5
+    assert lipschitz_bound(model.train(), torch.rand(2, 1, 5, 5)) == pytest.approx(first * scale, rel=1e-8)
+    assert lipschitz_bound(nn.AvgPool2d(2), torch.rand(1, 1, 4, 4)) == pytest.approx(0.5, rel=1e-8)
+
+
+def test_the_bound_for_large_maps_holds_for_wide_and_narrow_maps(monkeypatch):
+    """||W||_1 or ||W||_inf alone is below ||W||_2 for one of the two; signed sums are below for either."""
+    monkeypatch.setattr("surefoot.nn.lipschitz.MATRIX_ENTRIES", 0)
+    for weight in (torch.ones(6, 1), torch.ones(1, 6), torch.tensor([[1.0, -1.0], [1.0, 1.0]])):
+        out, inside = weight.shape
+        kernel = weight.double().reshape(out, inside, 1, 1)
+        conv = nn.Conv2d(inside, out, 1, bias=False, dtype=torch.float64)
+        conv.weight = nn.Parameter(kernel)
+        exact = torch.linalg.matrix_norm(weight.double(), 2).item()
+        assert exact <= lipschitz_bound(conv, torch.rand(1, inside, 2, 2)) <= 1.5 * exact

@@ -326,7 +326,7 @@ def test_selection_and_estimation_use_different_draws():
         return nn.functional.one_hot((angle * classes).long().clamp(0, classes - 1), classes).double()
 
     x = torch.zeros(trials, 2, dtype=torch.float64)
-    options = {"sigma": 1.0, "num_classes": classes, "generator": rng(2)}
+    options = {"sigma": 1.0, "num_classes": classes, "generator": rng(2), "shared": False}  # independent trials
     found = sm.certify(base, x, n0=n, n=n, alpha=alpha, **options)
     limit = alpha + 3 * math.sqrt(alpha * (1 - alpha) / trials)
     assert (found.p_lower > 1 / classes).double().mean() <= limit
@@ -338,12 +338,40 @@ def test_selection_and_estimation_use_different_draws():
 
 def test_predict_errs_rarely_and_abstains_on_a_tie():
     model, x = biased_coin(0.5)
-    many = x.expand(2000, -1).contiguous()
-    got = sm.predict(model, many, sigma=1.0, num_classes=2, generator=rng(), n=200, alpha=0.05)
-    abstained = (got == sm.ABSTAIN).double().mean().item()
-    assert abstained >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 2000)
+    alpha, calls, g = 0.2, 500, rng()  # one set of noise serves a whole call: each call is one trial
+    got = torch.cat(
+        [sm.predict(model, x, sigma=1.0, num_classes=2, generator=g, n=200, alpha=alpha) for _ in range(calls)]
+    )
+    named = (got != sm.ABSTAIN).double().mean().item()
+    assert 0.1 < named <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / calls)
     model, x = biased_coin(0.9)
     assert sm.predict(model, x, sigma=1.0, num_classes=2, generator=rng(), n=200).tolist() == [1]
+
+
+def three_bins(z):
+    """Classes with the probabilities .45, .35, .2 under unit noise around 0."""
+    cuts = torch.tensor(stats.norm.ppf([0.45, 0.8]), dtype=z.dtype)
+    return nn.functional.one_hot(torch.bucketize(z[:, 0].contiguous(), cuts), 3).to(z.dtype)
+
+
+def test_predict_tests_the_two_top_counts_two_sided_at_alpha():
+    """Named just above the p-value of the two top counts among themselves, abstained just below: not n, one side or 2 alpha."""
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    options = {"sigma": 1.0, "num_classes": 3, "n": 300}
+    counts = sm.vote_counts(three_bins, x, 300, sigma=1.0, num_classes=3, generator=rng(4), shared=True)[0]
+    first, second = counts.sort(descending=True).values[:2].tolist()
+    p = float(stats.binomtest(first, first + second).pvalue)
+    assert 1e-4 < p < 0.5
+    for alpha, expected in ((1.001 * p, int(counts.argmax())), (0.999 * p, sm.ABSTAIN)):
+        assert sm.predict(three_bins, x, generator=rng(4), alpha=alpha, **options).tolist() == [expected]
+
+
+def test_a_bound_below_one_half_abstains_with_radius_zero():
+    """Most votes for one class, but a lower bound between .4 and .5: nothing is certified."""
+    model, x = biased_coin(0.56)
+    found = sm.certify(model, x, sigma=1.0, num_classes=2, generator=rng(1), n0=100, n=1000, alpha=1e-6)
+    assert 0.4 < found.p_lower.item() < 0.5
+    assert found.prediction.tolist() == [sm.ABSTAIN] and found.radius.tolist() == [0.0]
 
 
 # --- early stopping -------------------------------------------------------------------------------------------------
@@ -408,6 +436,49 @@ def test_a_plan_decides_at_its_target_as_the_fixed_procedure_does_with_fewer_dra
     assert (early.radius <= distance).all()
     assert early.draws.sum() < 0.4 * fixed.draws.sum()
     assert (early.draws[distance > 2] <= 500).all()
+
+
+def test_a_plan_follows_each_input_after_others_have_stopped():
+    """Inputs of three classes that stop at different looks: each gets what it gets alone on the same noise."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    x = 1.5 * torch.randn(12, 4, dtype=torch.float64, generator=rng(1))
+    looks = sm.Looks((50, 100, 200, 400), (0.25,) * 4, target=0.4)
+    options = {"sigma": 0.4, "num_classes": 3, "n0": 30, "looks": looks}
+    whole = sm.certify(net, x, generator=rng(2), **options)
+    alone = [sm.certify(net, x[i : i + 1], generator=rng(2), **options) for i in range(len(x))]
+    assert len(whole.draws.unique()) >= 3 and len(whole.prediction.unique()) >= 3
+    for field in ("prediction", "radius", "p_lower", "draws"):
+        assert torch.equal(getattr(whole, field), torch.cat([getattr(a, field) for a in alone])), field
+
+
+def test_the_best_bound_of_all_looks_is_reported():
+    """By hand from the same draws: max_j BetaInv(share_j alpha; k_j, at_j - k_j + 1), also where an early look gives it."""
+    model, x = biased_coin(0.8)
+    at, spend, alpha = (100, 120), (0.99, 0.01), 0.05
+    options = {"sigma": 1.0, "num_classes": 2}
+    found = sm.certify(model, x, generator=rng(3), n0=20, alpha=alpha, looks=sm.Looks(at, spend), **options)
+    g, hits, bounds = rng(3), 0, []
+    sm.vote_counts(model, x, 20, generator=g, shared=True, **options)
+    for fresh, total, share in zip((100, 20), at, spend):
+        hits += int(sm.vote_counts(model, x, fresh, generator=g, shared=True, **options)[0, 1])
+        bounds.append(stats.beta.ppf(share * alpha, hits, total - hits + 1))
+    assert bounds[0] > bounds[1]
+    assert found.p_lower.item() == pytest.approx(max(bounds), rel=1e-9)
+
+
+def test_an_input_is_given_up_beyond_doubt_only():
+    """At p = .52 half of the inputs trail after 20 draws; none of them is hopeless."""
+    model, x = biased_coin(0.52)
+    options = {"sigma": 1.0, "num_classes": 2, "n0": 20, "shared": False}
+    found = sm.certify(model, x.expand(60, -1), generator=rng(), looks=sm.Looks((20, 200), (0.5, 0.5)), **options)
+    assert (found.draws == 220).all()
+
+
+def test_no_share_of_alpha_may_be_negative():
+    """-0.5 and 1.5 sum to 1, and would spend 1.5 alpha at the last look."""
+    with pytest.raises(InvalidInput, match="spend"):
+        sm.Looks((10, 20), (-0.5, 1.5))
 
 
 def test_one_look_is_the_published_procedure():
@@ -476,6 +547,9 @@ def test_broken_logits_and_hidden_randomness_are_refused():
     with pytest.raises(Refused, match="stochastic=True"):
         sm.certify(dice, torch.ones(1, 2), sigma=1.0, num_classes=2, generator=rng(), n=20)
     sm.certify(dice, torch.ones(1, 2), sigma=1.0, num_classes=2, generator=rng(), n=20, stochastic=True)
+    with pytest.raises(Refused, match="stochastic=True"):
+        sm.predict(dice, torch.ones(1, 2), sigma=1.0, num_classes=2, generator=rng(), n=20)
+    sm.predict(dice, torch.ones(1, 2), sigma=1.0, num_classes=2, generator=rng(), n=20, stochastic=True)
     with pytest.raises(InvalidInput, match="looks must increase"):
         sm.Looks((10, 10), (0.5, 0.5))
     with pytest.raises(InvalidInput, match="sum to at most 1"):
