@@ -242,3 +242,136 @@ def test_gates_of_an_inactive_leaky_neuron_are_its_slope_in_float64():
     with torch.no_grad():
         made = Encoding(B.propagate(B.Program(model), box), {}, 0.0)
     assert [g.item() for g in made.gates.values()] == [0.1]
+
+
+def positional(z: Tensor) -> None:
+    F.relu(z, True)
+
+
+def keyword(z: Tensor) -> None:
+    F.relu(input=z, inplace=True)
+
+
+def add_to(z: Tensor) -> None:
+    z += 0.7  # the caller's name of it changes too
+
+
+def divide(z: Tensor) -> None:
+    z /= -2.0
+
+
+IN_PLACE: dict[str, Callable[[Any], Any]] = {
+    "method": lambda z: z.relu_(),
+    "function": lambda z: torch.relu_(z),
+    "functional": lambda z: F.relu_(z),
+    "positional": positional,
+    "keyword": keyword,
+    "scaling": lambda z: z.mul_(-2.0),
+    "sum": add_to,
+    "quotient": divide,
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_after_an_in_place_call_the_old_name_means_the_new_tensor(name):
+    change = IN_PLACE[name]
+
+    def forward(m: Any, x: Any) -> Any:
+        z = x * 2.0 - 0.3
+        change(z)
+        return z * 3.0
+
+    x = draw(3, 4)
+    low, high = B.interval_bounds(Calls(forward), x, x)
+    assert torch.allclose(low, forward(None, x)) and torch.allclose(high, forward(None, x))
+    assert not torch.allclose(low, (x * 2.0 - 0.3) * 3.0)
+
+
+@pytest.mark.parametrize("name", ["method", "keyword", "scaling", "sum"])
+def test_in_place_on_a_buffer_that_a_view_reads_later_is_refused(name):
+    """The view shares its memory either way: made from the tensor that changes, or the tensor that changes made from it."""
+    change = IN_PLACE[name]
+
+    def of_the_changed(m: Any, x: Any) -> Any:
+        z = x * 2.0 - 0.3
+        view = z.flatten(1)
+        change(z)
+        return view
+
+    def the_changed(m: Any, x: Any) -> Any:
+        z = x * 2.0 - 0.3
+        change(z.view(3, -1))
+        return z
+
+    for forward in (of_the_changed, the_changed):
+        with pytest.raises(UnsupportedOp, match="in place on a view"):
+            B.interval_bounds(Calls(forward), draw(3, 2, 2), draw(3, 2, 2) + 9)
+
+
+def slice_view(m: Any, x: Any) -> Any:
+    z = x * 2.0 - 0.3
+    part = z[:, 1:]
+    torch.relu_(z)
+    return part
+
+
+def permuted_view(m: Any, x: Any) -> Any:
+    z = x * 2.0 - 0.3
+    part = z.transpose(1, 2)
+    part.relu_()
+    return z
+
+
+def view_of_a_view(m: Any, x: Any) -> Any:
+    z = x * 2.0 - 0.3
+    part = z.view(3, -1).view(3, 2, 2)
+    part.relu_()
+    return z
+
+
+def sibling_views(m: Any, x: Any) -> Any:
+    z = x * 2.0 - 0.3
+    one, two = z.view(3, -1), z.flatten(1)
+    one.relu_()
+    return two
+
+
+@pytest.mark.parametrize("forward", [slice_view, permuted_view, view_of_a_view, sibling_views])
+def test_no_kind_of_view_passes_by_the_in_place_check(forward):
+    """Slices, transposes, views of views, two views of one tensor: refused, or bounds of what the model does."""
+    x = draw(3, 2, 2)
+    try:
+        low, high = B.interval_bounds(Calls(forward), x, x)
+    except UnsupportedOp:
+        return
+    assert torch.allclose(low, forward(None, x)) and torch.allclose(high, forward(None, x))
+
+
+def test_a_clone_is_not_changed_with_its_source_and_no_constant_is_written_to():
+    def skip(m: Any, x: Any) -> Any:
+        z = x * 2.0 - 0.3
+        kept = z.clone()
+        z.relu_()
+        return kept * 3.0 + z
+
+    x = draw(3, 4)
+    low, high = B.interval_bounds(Calls(skip), x, x)
+    assert torch.allclose(low, skip(None, x)) and torch.allclose(high, skip(None, x))
+
+    def into_a_constant(m: Any, x: Any) -> Any:
+        total = m.each.clone()
+        total.add_(x)
+        return x + total
+
+    y = draw(3, *SHAPE)
+    with pytest.raises(UnsupportedOp, match="constant"):
+        B.interval_bounds(Calls(into_a_constant), y, y)
+
+
+def test_hooks_of_either_kind_are_refused():
+    for hang in ("register_forward_hook", "register_forward_pre_hook"):
+        for part in (0, None):
+            model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+            getattr(model if part is None else model[part], hang)(lambda *_: None)
+            with pytest.raises(UnsupportedOp, match="hooks"):
+                B.interval_bounds(model, torch.zeros(1, 2), torch.ones(1, 2))

@@ -86,6 +86,30 @@ def test_verdicts_equal_brute_force_over_all_activation_regions(slope):
     assert min(seen.values()) >= 8
 
 
+def test_every_row_is_decided_and_competitors_are_named_by_class():
+    """Three classes: each competitor alone and all together, against brute force; a violated last row is not passed over."""
+    lower, upper, last = -torch.ones(1, 2), torch.ones(1, 2), 0
+    for seed in range(25):
+        model, label = net(2, 4, 3, seed=seed), seed % 3
+        with torch.no_grad():
+            model[2].bias[label] += 2.0  # type: ignore[index, union-attr]
+        truth = {}
+        for k in (c for c in range(3) if c != label):
+            row = np.eye(3)[label] - np.eye(3)[k]
+            truth[k] = brute_force(model, -1, 1, row, np.zeros(4))
+            alone = decide_margins(model, lower, upper, label, competitors=(k,))
+            assert alone.status == ("verified" if truth[k] > 0 else "falsified"), (seed, k, truth)
+        together = decide_margins(model, lower, upper, label)
+        least = np.array(list(truth.values()))
+        assert together.status == ("verified" if least.min() > 0 else "falsified"), (seed, truth)
+        if together.verified:
+            assert (together.margins.numpy() <= least + 1e-6).all()
+        else:
+            assert together.row is not None and least[together.row] <= 0
+        last += bool(least[0] > 0 >= least[1])
+    assert last >= 2
+
+
 def test_a_big_m_that_is_too_small_is_found(monkeypatch):
     """A tenth of the upper bound in y <= s z + (1 - s) u d cuts true points away; brute force must disagree then."""
     honest = encoding._flat
@@ -266,6 +290,19 @@ def test_a_phase_that_holds_at_one_point_is_not_empty():
         dead[0].weight.zero_()  # type: ignore[operator, union-attr]
         dead[2].bias.copy_(torch.tensor([0.5, 0.0]))  # type: ignore[operator, union-attr]
     assert decide_margins(dead, zero, one, 0, phases=inactive).status == "verified"
+
+
+def test_a_witness_outside_of_the_region_shows_nothing():
+    """x1 + x2 > 1.5 and x1 < 0.4 need x2 > 1.1: empty in [0, 1]^2, and (0.3, 1.3) is no input of it."""
+    model: Any = net(2, 2, 2, seed=0)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
+        model[0].bias.copy_(torch.tensor([-1.5, 0.4]))
+    active, rows = {"_1": torch.tensor([1, 1])}, torch.zeros(0, 2)
+    outside = torch.tensor([[0.3, 1.3]])
+    lower, upper = torch.zeros(1, 2), torch.ones(1, 2)
+    assert decide(model, lower, upper, rows, phases=active, witness=outside).status == "empty_region"
+    assert decide(model, lower, 2 * upper, rows, phases=active, witness=outside).verified
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.4])

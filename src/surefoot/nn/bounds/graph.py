@@ -66,12 +66,33 @@ class Bounds:
         return [(s.name, self.steps[s.parents[0]].box) for s in self.steps if isinstance(s.op, Rectifier)]
 
 
+class _Proxy(fx.Proxy):
+    """torch.fx takes `z += y` for `z = z + y`, which forgets that other names of z change with it."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
 class Program:
     """A model with its traced graph; weights are read at every walk, so training need not trace again."""
 
     def __init__(self, model: nn.Module) -> None:
         try:
-            graph = fx.Tracer().trace(model)
+            graph = _Tracer().trace(model)
         except Exception as error:  # the forward is foreign code: whatever it raises on a proxy means "not traceable"
             raise UnsupportedOp(
                 f"{type(model).__name__}.forward cannot be traced ({error}); rewrite it without branches on tensor values."
@@ -162,7 +183,10 @@ class _Walk:
         made = found(*args, **kwargs)
         result = made if isinstance(made, Ref) else self._step(node.name, *made)
         if _in_place(node, self.program.model):
-            self._forget_overwritten(node, next(a for a in args if isinstance(a, Ref)).index, result)
+            changed = next(a for a in (*args, *kwargs.values()) if not isinstance(a, nn.Module))
+            if not isinstance(changed, Ref):
+                raise UnsupportedOp("it writes in place into a constant")
+            self._forget_overwritten(node, changed.index, result)
         return result
 
     def _step(self, name: str, op: Op, operands: tuple[Ref, ...]) -> Ref:
@@ -196,8 +220,10 @@ class _Walk:
 
     def _forget_overwritten(self, node: fx.Node, old: int, new: Ref) -> None:
         """After an in-place operation every name of the old tensor means the new one; views of it cannot be followed."""
-        views = {i for i, s in enumerate(self.steps) if getattr(s.op, "is_view", False) and old in s.parents}
-        views |= set(self.steps[old].parents) if getattr(self.steps[old].op, "is_view", False) else set()
+        memory: list[int] = []  # the step whose memory each step may share: views of views, slices and transposes too
+        for i, step in enumerate(self.steps):
+            memory.append(memory[step.parents[0]] if getattr(step.op, "shares_memory", False) else i)
+        views = {i for i, own in enumerate(memory) if own == memory[old] and i != old}
         here = self.program.position[node]
         for other, ref in list(self.env.items()):
             if (
@@ -224,6 +250,8 @@ def _concrete(node: fx.Node, model: nn.Module, args: tuple[Any, ...], kwargs: di
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
+    if node.target in INPLACE and isinstance(args[0], Tensor):
+        args = (args[0].clone(), *args[1:])  # it may be a weight of the caller's
     return node.target(*args, **kwargs)
 
 

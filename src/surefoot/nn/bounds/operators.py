@@ -261,6 +261,11 @@ class LinearMap(Op):
     def weight_layers(self) -> int:  # type: ignore[override]
         return int(self.mixes)
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the output may lie in the input's memory, so that a change in place of one changes the other."""
+        return not self.mixes
+
     def value(self, *inputs: Tensor) -> Tensor:
         return self.apply(inputs[0])
 

@@ -286,9 +286,19 @@ def _cat(tensors: Sequence[Any], dim: int = 0):
     return Concat(axis), tuple(tensors)
 
 
-@rule("contiguous", "clone", torch.clone, nn.Identity)
-def _same(*operands: Any):
-    return operands[-1]
+@rule(nn.Identity)
+def _same(m: nn.Identity, x: Ref):
+    return x
+
+
+@rule("clone", torch.clone)
+def _clone(input: Ref, *, memory_format: Any = None):
+    return _scaled(input, 1.0, 0.0)  # a step of its own: what then happens in place to one does not happen to the other
+
+
+@rule("contiguous")
+def _contiguous(x: Ref, memory_format: Any = None):
+    return LinearMap(lambda t: t, is_view=True, mixes=False), (x,)  # a copy or not
 
 
 @rule(nn.Dropout, nn.Dropout1d, nn.Dropout2d)
