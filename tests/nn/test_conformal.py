@@ -12,7 +12,7 @@ from surefoot.nn.conformal import conformal_index, conformal_quantile, lac_score
 
 @pytest.mark.parametrize(
     ("n", "alpha", "index"),
-    [(1000, 0.1, 901), (1000, 0.1 - 2 * 0.001, 903), (9, 0.1, 9), (99, 0.1, 90), (19, 0.05, 19), (8, 0.1, 9), (1, 0.5, 1), (999, 0.3, 700)],
+    [(1000, 0.1, 901), (1000, 0.1 - 2 * 0.001, 903), (9, 0.1, 9), (99, 0.1, 90), (19, 0.05, 19), (8, 0.1, 9), (1, 0.5, 1), (999, 0.3, 700), (9, 0.0999999, 10)],
 )  # fmt: skip
 def test_index(n, alpha, index):
     assert conformal_index(n, alpha) == index
@@ -76,6 +76,16 @@ def test_sets_hold_ties_and_nest_in_alpha():
     assert lac_sets(probabilities, math.inf).all()
     small, big = (lac_sets(probabilities, t) for t in (0.5, 0.7))
     assert (small <= big).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_calibration_example_at_its_own_threshold_is_a_member(dtype):
+    """p >= 1 - q instead of 1 - p <= q loses ties by rounding."""
+    probabilities = torch.rand(5000, 3, generator=torch.Generator().manual_seed(2), dtype=dtype) * 0.3
+    y = torch.zeros(5000, dtype=torch.int64)
+    scores = lac_scores(probabilities, y)
+    assert lac_sets(probabilities, scores[:, None])[:, 0].all()
+    assert not (probabilities[:, 0] >= 1.0 - scores).all()
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,16 @@ def test_convolution_and_average_are_exact_with_a_bias_and_after_training_mode()
 def test_the_bound_for_large_maps_holds_for_wide_and_narrow_maps(monkeypatch):
     """||W||_1 or ||W||_inf alone is below ||W||_2 for one of the two; signed sums are below for either."""
     monkeypatch.setattr("surefoot.nn.lipschitz.MATRIX_ENTRIES", 0)
-    for weight in (torch.ones(6, 1), torch.ones(1, 6), torch.tensor([[1.0, -1.0], [1.0, 1.0]])):
+    for weight in (torch.ones(6, 1), torch.ones(1, 6), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])):
         out, inside = weight.shape
         kernel = weight.double().reshape(out, inside, 1, 1)
         conv = nn.Conv2d(inside, out, 1, bias=False, dtype=torch.float64)
         conv.weight = nn.Parameter(kernel)
         exact = torch.linalg.matrix_norm(weight.double(), 2).item()
         assert exact <= lipschitz_bound(conv, torch.rand(1, inside, 2, 2)) <= 1.5 * exact
+
+
+def test_the_most_windows_are_found_in_whatever_chunk(monkeypatch):
+    """One input a chunk; the last one, a corner, lies in four windows and an inner one in nine."""
+    monkeypatch.setattr("surefoot.nn.lipschitz.MATRIX_ENTRIES", 1)
+    assert lipschitz_bound(Functional(), torch.rand(1, 1, 8, 8)) == pytest.approx(3.0)
