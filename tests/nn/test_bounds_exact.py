@@ -375,3 +375,17 @@ def test_hooks_of_either_kind_are_refused():
             getattr(model if part is None else model[part], hang)(lambda *_: None)
             with pytest.raises(UnsupportedOp, match="hooks"):
                 B.interval_bounds(model, torch.zeros(1, 2), torch.ones(1, 2))
+
+
+def test_a_ball_that_the_bounds_cut_stays_around_its_own_centre():
+    """x = (0.1, 0.5), radius 0.3 in [0, 1]^2: x1 + x2 falls to 0.5 - sqrt(0.08) = 0.217. The ball alone says 0.6 - 0.3 sqrt(2) = 0.176,
+
+    the box 0 + 0.2, and a ball around the middle of the box, (0.2, 0.5), would say 0.276.
+    """
+    model = nn.Sequential(nn.Linear(2, 1)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)  # type: ignore[operator, union-attr]
+        model[0].bias.zero_()  # type: ignore[operator, union-attr]
+    x = torch.tensor([[0.1, 0.5]], dtype=torch.float64)
+    low, _ = B.linear_bounds(model, x, 0.3, norm="l2")
+    assert low.item() == pytest.approx(0.2, abs=1e-12)
