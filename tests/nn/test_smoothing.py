@@ -117,6 +117,44 @@ def test_votes_equal_a_plain_loop(batch):
     assert (got.sum(1) == 23).all()
 
 
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("batch", [1, 7, 64, 1000])
+def test_shared_votes_equal_a_plain_loop(batch, convolution):
+    """sigma other than 1, and a first layer that takes the noise alone: scaled once, never clipped, fresh for every draw."""
+    torch.manual_seed(0)
+    first = (
+        [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten()] if convolution else [nn.Flatten(), nn.Linear(16, 8), nn.ReLU()]
+    )
+    net = nn.Sequential(*first, nn.Linear(8, 5)).double().eval()
+    x, n, sigma = torch.rand(6, 1, 4, 4, dtype=torch.float64, generator=rng()), 150, 0.35
+    generator, expected = rng(3), torch.zeros(6, 5, dtype=torch.int64)
+    with torch.no_grad():
+        for start in range(0, n, min(batch, n)):
+            drawn = torch.empty(min(batch, n - start), 1, 4, 4, dtype=torch.float64).normal_(generator=generator)
+            for i in range(len(x)):
+                expected[i] += torch.bincount(net(x[i] + sigma * drawn).argmax(1), minlength=5)
+    got = sm.vote_counts(net, x, n, sigma=sigma, num_classes=5, generator=rng(3), batch_size=batch, shared=True)
+    assert torch.equal(got, expected)
+    assert (got > 0).sum() > 8
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_that_writes_over_its_input_spoils_no_other_models_draws(shared):
+    def overwriting(z):
+        votes = torch.stack([z[:, 0], z[:, 1], z[:, 2]], 1)
+        z.zero_()
+        return votes
+
+    def plain(z):
+        return z[:, :3] - 0.1 * z[:, 3:]
+
+    x = torch.rand(5, 6, dtype=torch.float64, generator=rng())
+    options = {"sigma": 0.5, "num_classes": 3, "batch_size": 16, "shared": shared}
+    both = sm.joint_vote_counts([overwriting, plain], x, 70, generator=rng(1), **options)
+    for view, model in enumerate((overwriting, plain)):
+        assert torch.equal(both[view], sm.vote_counts(model, x, 70, generator=rng(1), **options))
+
+
 def test_noise_is_fresh_gaussian_and_never_clipped():
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, 50).contiguous()
     seen = {0: [], 1: []}

@@ -283,3 +283,44 @@ def test_under_autocast_the_votes_are_the_models_own() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got = sm.vote_counts(net, x, 100, generator=rng(1), **options)
         assert torch.equal(got, sm.vote_counts(opaque(net), x, 100, generator=rng(1), **options))
+
+
+class Keeping(nn.Module):
+    """Holds on to what it gives, as a cache or a constant would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = 2 * x
+        return self.kept
+
+
+@pytest.mark.parametrize("between", [nn.Flatten, nn.Identity, nn.Dropout])
+def test_a_relu_behind_a_view_of_what_a_step_keeps_makes_a_new_tensor(between: Any) -> None:
+    keeping = Keeping()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), keeping, between(), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x = torch.randn(8, 4, generator=rng())
+    leaner: Any = lean(net, x)
+    with torch.inference_mode():
+        torch.testing.assert_close(leaner(x), net(x))
+        leaner(x)
+    assert (keeping.kept < 0).any()
+
+
+class Tripled(nn.Module):
+    is_linear_map = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * x.flip(-1)
+
+
+def test_linear_steps_ahead_of_the_first_layer_are_part_of_it() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = nn.Sequential(Tripled(), nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+        convolved = nn.Sequential(Tripled(), nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+    x, e = (torch.randn(6, 1, 4, 4, generator=rng(seed)) for seed in (1, 2))
+    for net in (dense, convolved):
+        parts = split(lean(net, x), x)
+        assert parts.bias is not None
+        with torch.inference_mode():
+            whole = parts.rest(parts.linear(x) + parts.bias + parts.linear(e))
+            torch.testing.assert_close(whole, net(x + e), rtol=1e-4, atol=1e-5)
