@@ -155,6 +155,17 @@ def test_a_model_that_writes_over_its_input_spoils_no_other_models_draws(shared)
         assert torch.equal(both[view], sm.vote_counts(model, x, 70, generator=rng(1), **options))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("batch", [1, 7, 25, 1000])
+def test_each_noisy_row_names_its_input(batch, shared):
+    x = 100.0 * torch.arange(5, dtype=torch.float64)[:, None].expand(5, 2)
+    seen = torch.zeros(5, dtype=torch.int64)
+    for rows, noisy in sm.noisy_batches(x, 10, sigma=0.5, generator=rng(), batch_size=batch, shared=shared):
+        assert torch.equal(rows, (noisy[:, 0] / 100).round().long())
+        seen += torch.bincount(rows, minlength=5)
+    assert seen.tolist() == [10] * 5
+
+
 def test_noise_is_fresh_gaussian_and_never_clipped():
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, 50).contiguous()
     seen = {0: [], 1: []}
