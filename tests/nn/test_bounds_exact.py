@@ -454,3 +454,24 @@ def test_crown_is_the_textbooks(norm, intersect):
         for ours, textbook in zip(got, expected, strict=True):
             assert torch.allclose(ours[0], textbook, atol=1e-9)
         assert (got[0] > cheap[0] + 1e-3).any()
+
+
+def test_a_layer_with_a_bias_folded_into_batch_norm_in_training_is_the_clean_batchs():
+    """Negative gammas, biases, grad on: the folded box of a batch of points is the normalised batch, and of a box exact."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).double().train()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([2.0, -3.0, 1.0]))
+        model[1].weight.copy_(torch.tensor([-1.5, 0.7, 2.0]))
+        model[1].bias.copy_(torch.tensor([0.3, -0.4, 0.5]))
+    x = draw(4, *SHAPE)
+    truth = model(x).detach()
+    point = B.propagate(B.Program(model), Box(x, x), clean=x).output
+    assert torch.allclose(point.lower, truth, atol=1e-10) and torch.allclose(point.upper, truth, atol=1e-10)
+    conv = model[0](x)
+    scale = model[1].weight / (conv.var((0, 2, 3), correction=0) + 1e-5).sqrt()
+    reach = 0.1 * (model[0].weight * scale[:, None, None, None]).abs().sum((1, 2, 3))
+    wide = B.propagate(B.Program(model), Box(x - 0.1, x + 0.1), clean=x).output
+    assert torch.allclose(wide.upper - truth, reach[:, None, None].expand_as(truth), atol=1e-10)
+    assert torch.allclose(truth - wide.lower, reach[:, None, None].expand_as(truth), atol=1e-10)
