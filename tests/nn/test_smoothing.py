@@ -166,6 +166,15 @@ def test_each_noisy_row_names_its_input(batch, shared):
     assert seen.tolist() == [10] * 5
 
 
+def test_shared_noise_is_the_generators_own_to_its_rarest_values():
+    """4 sigma and more among 200,000 numbers: what a clip at 3 sigma would take away."""
+    x = torch.zeros(1, 200, dtype=torch.float64)
+    batches = sm.noisy_batches(x, 1000, sigma=0.5, generator=rng(), batch_size=1000, shared=True)
+    seen = torch.cat([noisy.clone() for _, noisy in batches])
+    expected = torch.empty(1000, 200, dtype=torch.float64).normal_(generator=rng())
+    assert torch.allclose(seen, 0.5 * expected) and (seen.abs() > 2.0).any()
+
+
 def test_noise_is_fresh_gaussian_and_never_clipped():
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, 50).contiguous()
     seen = {0: [], 1: []}
