@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def training_rows() -> list[Row]:
         kind = "with batch-norm (clean pass included)" if batch_norm else "without batch-norm"
         what = f"IBP training step, CNN-7 width 8, 28x28, batch 64, {kind}"
         ours, clean = robust_step(model, x, y, eps), clean_step(model, x, y)
-        planar = clean_step(copy.deepcopy(model).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last), y)  # type: ignore[call-overload]  # fmt: skip
+        planar = clean_step(laid_out(model, torch.channels_last), x.to(memory_format=torch.channels_last), y)
         streams = 3 if batch_norm else 2
         bare = products(model, x, streams)
         grown, theirs = memory_mb(ours), lirpa_step(model, x, y, eps)
@@ -164,6 +165,11 @@ def robust_step(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Call:
     return call
 
 
+def laid_out(module: Any, layout: torch.memory_format) -> nn.Module:
+    """A copy in this memory layout; torch's stubs know `to(memory_format=...)` of tensors only, hence Any."""
+    return copy.deepcopy(module).to(memory_format=layout)
+
+
 def clean_step(model: nn.Module, x: Tensor, y: Tensor) -> Call:
     def call() -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -181,7 +187,7 @@ def products(model: nn.Module, x: Tensor, streams: int) -> Call:
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         given, layout = inputs[0].detach(), torch.channels_last if output.dim() == 4 else torch.contiguous_format
         given = given.clone(memory_format=layout).requires_grad_(bool(jobs))  # the images need no gradient
-        jobs.append((copy.deepcopy(module).to(memory_format=layout), given, torch.randn_like(output, memory_format=layout)))  # type: ignore[call-overload]  # fmt: skip
+        jobs.append((laid_out(module, layout), given, torch.randn_like(output, memory_format=layout)))
 
     twin = copy.deepcopy(model)
     layers = [m for m in twin.modules() if isinstance(m, nn.Conv2d | nn.Linear)]

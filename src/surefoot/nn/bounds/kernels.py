@@ -30,18 +30,18 @@ def _is_channels_last(x: Tensor) -> bool:
 
 class _Contiguous(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0].contiguous(memory_format=torch.channels_last)
 
 
 def contiguous(x: Tensor) -> Tensor:
     """`x` ready for a reshape; the gradient of a channels-last tensor is channels-last again, since passes over mixed layouts are slow."""
-    return _Contiguous.apply(x) if torch.is_grad_enabled() and _is_channels_last(x) else x  # type: ignore[return-value]
+    return _Contiguous.apply(x) if torch.is_grad_enabled() and _is_channels_last(x) else x
 
 
 class RectifiedPair(torch.autograd.Function):
@@ -52,7 +52,7 @@ class RectifiedPair(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(centre.dtype, radius.dtype)  # autocast may have left them apart
         centre, radius = centre.to(dtype), radius.to(dtype)
         half = torch.lerp(centre, radius, 0.5).clamp_min_(0)
@@ -63,7 +63,7 @@ class RectifiedPair(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (centre, radius), (by_centre, by_radius) = ctx.saved_tensors, gradients
         mask = torch.ops.aten.threshold_backward.grad_input
         # in place, and two new tensors: fresh memory is what costs here
@@ -85,7 +85,7 @@ class BatchStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, pace: float, eps: float):  # type: ignore[override]  # fmt: skip
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, pace: float, eps: float):  # fmt: skip
         ctx.eps, ctx.planar = eps, x.dtype == torch.float32 and x.device.type == "cpu" and _is_channels_last(x)
         shape = (1, -1) + (1,) * (x.dim() - 2)
         gamma, beta = (None if p is None else p.view(shape) for p in (weight, bias))
@@ -101,7 +101,7 @@ class BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_output: Tensor, by_scale: Tensor, by_shift: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, by_output: Tensor, by_scale: Tensor, by_shift: Tensor):
         x, weight, mean, inverse, scale = ctx.saved_tensors
         layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
         by_output = by_output.contiguous(memory_format=layout)

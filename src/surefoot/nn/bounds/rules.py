@@ -125,7 +125,7 @@ def _clean_statistics(m: nn.BatchNorm1d | nn.BatchNorm2d, x: Ref) -> tuple[Tenso
         m.num_batches_tracked += 1
         pace = 1.0 / float(m.num_batches_tracked) if pace is None else pace
     running = m.running_mean, m.running_var
-    return BatchStatistics.apply(x.value, m.weight, m.bias, *running, pace or 0.0, m.eps)  # type: ignore[return-value]
+    return BatchStatistics.apply(x.value, m.weight, m.bias, *running, pace or 0.0, m.eps)
 
 
 # ------------------------------------------------------------------------------------------------ activations

@@ -44,8 +44,8 @@ def lean(model: Model, x: Tensor) -> Model:
     out: list[nn.Module] = []
     for step in steps:
         before = out[-1] if out else None
-        if isinstance(before, nn.Conv2d) and _can_fold(before, step):
-            out[-1] = fuse_conv_bn_eval(before, step)  # type: ignore[type-var]  # copies both
+        if isinstance(before, nn.Conv2d) and isinstance(step, nn.BatchNorm2d) and _can_fold(before, step):
+            out[-1] = fuse_conv_bn_eval(before, step)  # copies both
         elif _is(step, nn.ReLU) and before is not None and type(before) in FRESH and _is(before, type(before)):
             out.append(nn.ReLU(inplace=True))
         else:
@@ -83,7 +83,7 @@ def _unpacked(part: nn.Module) -> list[nn.Module]:
         return [step for child in part for step in _unpacked(child)]
     own = vars(type(part))  # a subclass with another forward inherits `lean_steps`, too, and must not be believed
     if "lean_steps" in own and "forward" in own and _is(part, type(part)):
-        return [step for child in part.lean_steps() for step in _unpacked(child)]  # type: ignore[operator]
+        return [step for child in own["lean_steps"](part) for step in _unpacked(child)]
     return [part]
 
 
@@ -96,6 +96,6 @@ def _is_linear_map(step: nn.Module) -> bool:
     return _is(step, nn.Flatten) or getattr(step, "is_linear_map", False) is True
 
 
-def _can_fold(conv: nn.Conv2d, norm: nn.Module) -> bool:
+def _can_fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     known = _is(conv, nn.Conv2d) and _is(norm, nn.BatchNorm2d) and not norm.training
     return known and norm.running_mean is not None and norm.running_mean.dtype == conv.weight.dtype

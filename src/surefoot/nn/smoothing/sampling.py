@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -112,19 +112,18 @@ def _batches(
     # Buffers are filled in place: fresh memory for each batch costs more than drawing the noise does.
     noise = torch.empty((min(size, n) if shared else size, *x.shape[1:]), dtype=x.dtype, device=generator.device)
     laid = _new_images_last(x, noise.shape) if channels_last else x.new_empty(noise.shape)
-    batches = _shared_noise if shared else _fresh_noise
-    yield from batches(x, n, views, scale, generator, size, noise, laid)
+
+    def draw(count: int, onto: Tensor | None = None) -> Tensor:
+        """sigma e, or onto + sigma e, `[count, ...]`; the next draw overwrites it."""
+        e = noise[:count].normal_(generator=generator).to(x.device)
+        out = laid[:count]
+        return torch.mul(e, scale, out=out) if onto is None else torch.addcmul(onto, e, scale, out=out)
+
+    yield from _shared_noise(x, n, views, size, draw) if shared else _fresh_noise(x, n, views, size, draw)
 
 
 def _fresh_noise(
-    x: Tensor,
-    n: int,
-    views: Sequence[Split],
-    scale: Tensor,
-    generator: torch.Generator,
-    size: int,
-    noise: Tensor,
-    laid: Tensor,
+    x: Tensor, n: int, views: Sequence[Split], size: int, draw: Callable[[int, Tensor], Tensor]
 ) -> Iterator[Batch]:
     """Draws of its own for every input; a batch is `size` rows of the inputs' n rows each."""
     for start in range(0, len(x) * n, size):
@@ -132,29 +131,20 @@ def _fresh_noise(
         first, last = start // n, (stop - 1) // n
         rows = None if first == last else torch.arange(start, stop).div_(n, rounding_mode="floor").sub_(first)
         clean = x[first, None] if rows is None else x[first : last + 1][rows.to(x.device)]
-        e = noise[: stop - start].normal_(generator=generator).to(x.device)
-        noisy = torch.addcmul(clean, e, scale, out=laid[: len(e)])
+        noisy = draw(stop - start, clean)
         for view in range(len(views)):  # a model that works in place must not change what the next one sees
             yield view, first, rows, noisy if view == len(views) - 1 else noisy.clone()
 
 
 def _shared_noise(
-    x: Tensor,
-    n: int,
-    views: Sequence[Split],
-    scale: Tensor,
-    generator: torch.Generator,
-    size: int,
-    noise: Tensor,
-    laid: Tensor,
+    x: Tensor, n: int, views: Sequence[Split], size: int, draw: Callable[[int], Tensor]
 ) -> Iterator[Batch]:
     """The same draws for all inputs; a batch is some draws, each added to as many inputs as fit, behind the view's linear part."""
-    draws, buffers = len(noise), {}
+    draws, buffers = min(size, n), dict[int, Tensor]()
     inputs = min(size // draws, len(x))
     clean = [v.linear(x) if v.bias is None else v.linear(x) + v.bias for v in views]
     for start in range(0, n, draws):
-        drawn = noise[: min(draws, n - start)].normal_(generator=generator).to(x.device)
-        drawn = torch.mul(drawn, scale, out=laid[: len(drawn)])
+        drawn = draw(min(draws, n - start))
         for view, split_view in enumerate(views):
             e = split_view.linear(drawn)
             if view not in buffers:

