@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from surefoot.core.subject import Subject, predict
-from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput
 from surefoot.models import Normalized, seeded_build, small_cnn, small_cnn1d, small_resnet
 from surefoot.models.loading import EMBEDDED, as_subject, load_model, load_saved, read_weights, save_subject
@@ -30,17 +29,6 @@ def wrong():
 def fails():
     raise RuntimeError("no luck")
 """
-
-
-@pytest.fixture
-def task():
-    return digits(0, sizes=(200, 50, 100))
-
-
-@pytest.fixture
-def factory(tmp_path):
-    (tmp_path / "net.py").write_text(FACTORY)
-    return f"{tmp_path}/net.py"
 
 
 @pytest.mark.parametrize("size", [4, 8, 28, 33])

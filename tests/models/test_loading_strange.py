@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from surefoot.core.task import Split
-from surefoot.datasets.embedded import digits
 from surefoot.errors import InvalidInput
 from surefoot.models.loading import as_subject, load_model, read_weights
 
@@ -25,17 +24,6 @@ def needs(num_classes):
 def has_default(num_classes=7):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
 """
-
-
-@pytest.fixture
-def task():
-    return digits(0, sizes=(200, 50, 100))
-
-
-@pytest.fixture
-def factory(tmp_path):
-    (tmp_path / "net.py").write_text(FACTORY)
-    return f"{tmp_path}/net.py"
 
 
 def linear():

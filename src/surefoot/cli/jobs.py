@@ -63,14 +63,12 @@ def _bar(console: Console) -> Progress:
 
 
 def read_data(data: str, **options: Any) -> Task:
-    """`load`, with whatever a person's file or function raises said in one sentence."""
+    """`load`, with whatever a person's file makes its reader raise said in one sentence."""
     try:
         return load(data, **options)
     except SurefootError:
         raise
     except Exception as error:
-        if ".py:" in data:
-            raise InvalidInput(f"{data} failed: {type(error).__name__}: {first_line(error)}.") from error
         raise InvalidInput(
             f"{data} cannot be read ({first_line(error)}); check that it is what its name says."
         ) from error

@@ -295,7 +295,8 @@ def from_function(reference: str, *, seed: int) -> Task:
     except SurefootError:
         raise
     except Exception as error:
-        raise InvalidInput(f"{reference} failed: {type(error).__name__}: {error}.") from error
+        first = next(iter(str(error).splitlines()), "no message")
+        raise InvalidInput(f"{reference} failed: {type(error).__name__}: {first}.") from error
     if isinstance(result, Task):
         return result
     name = reference.rpartition(":")[2]

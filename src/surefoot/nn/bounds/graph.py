@@ -66,20 +66,17 @@ class Bounds:
         return [(s.name, self.steps[s.parents[0]].box) for s in self.steps if isinstance(s.op, Rectifier)]
 
 
+def _operation_in_place(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
 class _Proxy(fx.Proxy):
     """torch.fx takes `z += y` for `z = z + y`, which forgets that other names of z change with it."""
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+    __iadd__ = _operation_in_place(operator.iadd)
+    __isub__ = _operation_in_place(operator.isub)
+    __imul__ = _operation_in_place(operator.imul)
+    __itruediv__ = _operation_in_place(operator.itruediv)
 
 
 class _Tracer(fx.Tracer):
